@@ -1,0 +1,395 @@
+"""The result of quantizing one tensor (`Encoding`) and the table of all of them (`Encodings`)."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qat import numerics
+from qat.errors import EncodingError
+from qat.files import atomic_write_text
+from qat.scheme import Granularity, Scheme, int_type
+
+Provenance = Literal["qat", "ptq", "derived", "fixed", "imported"]
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Scale, zero point and integer range of one tensor.
+
+    Attributes:
+        dtype: Name of the integer type.
+        scale: One scale, or one a channel or group (row-major), positive float32 values.
+        zero_point: As many zero points.
+        qmin: Smallest code used.
+        qmax: Largest code used.
+        symmetric: The zero point is the middle of the type by construction.
+        granularity: What shares a scale.
+        min: Observed minimum, one a scale, or None where nothing was observed.
+        max: Observed maximum.
+        provenance: `qat` (learned or tracked in training), `ptq` (calibrated), `derived` (inherited through a shape-only
+            operator, a tie or an interval rule), `fixed` (known output range) or `imported`.
+        method: The observer, algorithm or rule that chose the range.
+        samples: Number of samples observed; 0 where not applicable.
+    """
+
+    dtype: str
+    scale: tuple[float, ...]
+    zero_point: tuple[int, ...]
+    qmin: int
+    qmax: int
+    symmetric: bool = False
+    granularity: Granularity = Granularity()
+    min: tuple[float, ...] | None = None
+    max: tuple[float, ...] | None = None
+    provenance: Provenance = "ptq"
+    method: str = ""
+    samples: int = 0
+
+    def __post_init__(self) -> None:
+        kind = int_type(self.dtype)
+        if not kind.qmin <= self.qmin < self.qmax <= kind.qmax:
+            raise EncodingError(
+                f"integer range [{self.qmin}, {self.qmax}] is empty or outside {self.dtype}",
+                f"use a range within [{kind.qmin}, {kind.qmax}]",
+            )
+        if not self.scale or len(self.scale) != len(self.zero_point):
+            raise EncodingError(
+                f"{len(self.scale)} scales and {len(self.zero_point)} zero points", "give equally many, at least one"
+            )
+        if self.granularity.kind == "per_tensor" and len(self.scale) != 1:
+            raise EncodingError(f"{len(self.scale)} scales for a per-tensor encoding", "give exactly one")
+        if any(not (math.isfinite(s) and s > 0.0) for s in self.scale):
+            raise EncodingError("a scale is not positive and finite", "check the range that it was made from")
+        if any(not kind.qmin <= z <= kind.qmax for z in self.zero_point):
+            raise EncodingError(
+                f"a zero point is outside {self.dtype}", f"use values within [{kind.qmin}, {kind.qmax}]"
+            )
+        if self.provenance not in get_args(Provenance):
+            raise EncodingError(
+                f"unknown provenance {self.provenance!r}", f"use one of {', '.join(get_args(Provenance))}"
+            )
+
+    @classmethod
+    def from_range(
+        cls,
+        low: Tensor | float,
+        high: Tensor | float,
+        scheme: Scheme,
+        *,
+        provenance: Provenance = "ptq",
+        method: str = "",
+        samples: int = 0,
+    ) -> Encoding:
+        """Make the encoding of an observed range (see `numerics.range_to_scale`)."""
+        low = torch.as_tensor(low, dtype=torch.float64).reshape(-1)
+        high = torch.as_tensor(high, dtype=torch.float64).reshape(-1)
+        scale, zero_point = numerics.range_to_scale(low, high, scheme)
+        qmin, qmax = scheme.code_range
+        return cls(
+            dtype=scheme.dtype,
+            scale=tuple(scale.tolist()),
+            zero_point=tuple(zero_point.tolist()),
+            qmin=qmin,
+            qmax=qmax,
+            symmetric=scheme.symmetric,
+            granularity=scheme.granularity,
+            min=tuple(low.tolist()),
+            max=tuple(high.tolist()),
+            provenance=provenance,
+            method=method or scheme.observer.name,
+            samples=samples,
+        )
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether there is a single scale."""
+        return self.granularity.kind == "per_tensor"
+
+    @property
+    def scale_tensor(self) -> Tensor:
+        """Scales, float32; a scalar for per-tensor, else shape (number of scales,)."""
+        values = torch.tensor(self.scale, dtype=torch.float32)
+        return values.reshape(()) if self.per_tensor else values
+
+    @property
+    def zero_point_tensor(self) -> Tensor:
+        """Zero points, int32, in the shape of `scale_tensor`."""
+        values = torch.tensor(self.zero_point, dtype=torch.int32)
+        return values.reshape(()) if self.per_tensor else values
+
+    def quantize(self, x: Tensor, rounding: numerics.Rounding = "half_even") -> Tensor:
+        """Return the codes of `x`, int32, in its shape."""
+        return numerics.quantize(
+            x,
+            self.scale_tensor.to(x.device),
+            self.zero_point_tensor.to(x.device),
+            self.qmin,
+            self.qmax,
+            self.granularity,
+            rounding,
+        )
+
+    def dequantize(self, q: Tensor) -> Tensor:
+        """Return the float32 values of codes `q`, in their shape."""
+        return numerics.dequantize(
+            q, self.scale_tensor.to(q.device), self.zero_point_tensor.to(q.device), self.granularity
+        )
+
+    def representable(self) -> tuple[float, float]:
+        """Smallest and largest float that has a code, over all channels."""
+        low, high = numerics.representable_range(
+            self.scale_tensor, self.zero_point_tensor, self.qmin, self.qmax
+        )
+        return float(low.min()), float(high.max())
+
+    def same_grid(self, other: Encoding) -> bool:
+        """Whether codes mean the same in both encodings (provenance aside)."""
+        return (
+            self.dtype == other.dtype
+            and self.scale == other.scale
+            and self.zero_point == other.zero_point
+            and self.granularity == other.granularity
+        )
+
+    def derived(self, method: str) -> Encoding:
+        """Return this encoding as inherited by another tensor."""
+        return replace(self, provenance="derived", method=method)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of this encoding (see the schema, `qat/encodings.schema.json`)."""
+        out: dict[str, Any] = {
+            "dtype": self.dtype,
+            "scale": list(self.scale),
+            "zero_point": list(self.zero_point),
+            "qmin": self.qmin,
+            "qmax": self.qmax,
+            "symmetric": self.symmetric,
+            "granularity": self.granularity.kind,
+            "provenance": self.provenance,
+            "method": self.method,
+            "samples": self.samples,
+        }
+        if not self.per_tensor:
+            out["axis"] = self.granularity.axis
+        if self.granularity.size is not None:
+            out["group_size"] = self.granularity.size
+        if self.min is not None:
+            out["min"] = list(self.min)
+        if self.max is not None:
+            out["max"] = list(self.max)
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], name: str = "encoding") -> Encoding:
+        """Read the JSON object of an encoding.
+
+        Raises:
+            EncodingError: A key is missing, unknown or of the wrong type; `name` is named.
+        """
+        known = {
+            "dtype", "scale", "zero_point", "qmin", "qmax", "symmetric", "granularity", "axis", "group_size",
+            "min", "max", "provenance", "method", "samples",
+        }  # fmt: skip
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise EncodingError(f"encoding of {name!r} has the unknown key {unknown[0]!r}", "remove it")
+        try:
+            low, high = data.get("min"), data.get("max")
+            return cls(
+                dtype=str(data["dtype"]),
+                scale=tuple(float(s) for s in data["scale"]),
+                zero_point=tuple(int(z) for z in data["zero_point"]),
+                qmin=int(data["qmin"]),
+                qmax=int(data["qmax"]),
+                symmetric=bool(data["symmetric"]),
+                granularity=Granularity(
+                    data["granularity"], int(data.get("axis", 0)), data.get("group_size")
+                ),
+                min=None if low is None else tuple(float(v) for v in low),
+                max=None if high is None else tuple(float(v) for v in high),
+                provenance=data["provenance"],
+                method=str(data.get("method", "")),
+                samples=int(data.get("samples", 0)),
+            )
+        except KeyError as error:
+            raise EncodingError(f"encoding of {name!r} lacks the key {error.args[0]!r}", "add it") from None
+        except (TypeError, ValueError) as error:
+            raise EncodingError(f"encoding of {name!r} is malformed ({error})", "see the JSON schema") from None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor in which two tables differ."""
+
+    name: str
+    left: Encoding | None
+    right: Encoding | None
+
+    def describe(self) -> str:
+        """Return one line: which side lacks the tensor, or how scale, zero point and dtype differ."""
+        if self.left is None or self.right is None:
+            return f"{self.name}: only in the {'second' if self.left is None else 'first'}"
+        a, b = self.left, self.right
+        words = [
+            f"{label} {x} -> {y}"
+            for label, x, y in (
+                ("dtype", a.dtype, b.dtype),
+                ("granularity", a.granularity.kind, b.granularity.kind),
+                ("zero point", _short(a.zero_point), _short(b.zero_point)),
+                ("range", f"[{a.qmin}, {a.qmax}]", f"[{b.qmin}, {b.qmax}]"),
+                ("provenance", a.provenance, b.provenance),
+                ("method", a.method, b.method),
+            )
+            if x != y
+        ]
+        if a.scale != b.scale:
+            if len(a.scale) == len(b.scale):
+                worst = max(abs(y / x - 1.0) for x, y in zip(a.scale, b.scale, strict=True))
+                words.insert(0, f"scale {_short(a.scale)} -> {_short(b.scale)} (by {100 * worst:.3g} %)")
+            else:
+                words.insert(0, f"{len(a.scale)} -> {len(b.scale)} scales")
+        return f"{self.name}: " + (", ".join(words) or "observed range or sample count")
+
+
+def _short(values: tuple[Any, ...]) -> str:
+    text = f"{values[0]:.6g}"
+    return text if len(values) == 1 else f"{text}.. ({len(values)})"
+
+
+class Encodings(Mapping[str, Encoding]):
+    """An immutable table of encodings by tensor name.
+
+    Args:
+        entries: Encodings by name.
+        meta: Free-form information that travels with the table (model name, versions).
+    """
+
+    def __init__(self, entries: Mapping[str, Encoding] | None = None, meta: Mapping[str, str] | None = None) -> None:
+        self._entries = dict(entries or {})
+        self.meta: Mapping[str, str] = dict(meta or {})
+
+    def __getitem__(self, name: str) -> Encoding:
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Encodings({len(self)} tensors)"
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                name,
+                e.dtype,
+                _short(e.scale),
+                _short(e.zero_point),
+                f"[{min(e.min):.5g}, {max(e.max):.5g}]" if e.min and e.max else "",
+                e.provenance,
+                e.method,
+            )
+            for name, e in self._entries.items()
+        ]
+        header = ("tensor", "dtype", "scale", "zero point", "observed", "from", "method")
+        widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [header, *rows]
+        )
+
+    def merge(self, other: Encodings, prefer: Literal["self", "other", "qat", "ptq"] = "self") -> Encodings:
+        """Return the union of two tables; each entry keeps its provenance.
+
+        Args:
+            other: The other table.
+            prefer: Which entry wins where both have a tensor: the one in `self` or in `other`, or the one of that
+                provenance (where both or neither have it, the one in `self`).
+
+        Raises:
+            EncodingError: `prefer` is none of these.
+        """
+        if prefer not in ("self", "other", "qat", "ptq"):
+            raise EncodingError(f"cannot prefer {prefer!r}", "choose self, other, qat or ptq")
+        merged = dict(self._entries)
+        for name, theirs in other.items():
+            mine = merged.get(name)
+            if mine is None or prefer == "other" or (mine.provenance != prefer == theirs.provenance):
+                merged[name] = theirs
+        return Encodings(merged, {**other.meta, **self.meta})
+
+    def diff(self, other: Encodings) -> tuple[Difference, ...]:
+        """Return the tensors in which the tables differ, in the order of `self`, then of `other`."""
+        names = list(dict.fromkeys([*self, *other]))
+        return tuple(
+            Difference(name, self.get(name), other.get(name))
+            for name in names
+            if self.get(name) != other.get(name)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON document of the table."""
+        return {
+            "schema": "qat-encodings",
+            "version": SCHEMA_VERSION,
+            "meta": dict(self.meta),
+            "encodings": {name: e.to_json() for name, e in self._entries.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: object, source: str = "encodings") -> Encodings:
+        """Read the JSON document of a table.
+
+        Raises:
+            EncodingError: It is not such a document, or of a newer version.
+        """
+        if not isinstance(data, dict) or data.get("schema") != "qat-encodings":
+            raise EncodingError(f"{source} is not a table of encodings", 'it must say "schema": "qat-encodings"')
+        if data.get("version") != SCHEMA_VERSION:
+            raise EncodingError(
+                f"{source} has version {data.get('version')!r} of the schema", f"this qat reads version {SCHEMA_VERSION}"
+            )
+        entries, meta = data.get("encodings"), data.get("meta", {})
+        if not isinstance(entries, dict) or not isinstance(meta, dict):
+            raise EncodingError(f"{source} has no object 'encodings'", "see the JSON schema")
+        table: dict[str, Encoding] = {}
+        for name, entry in entries.items():
+            if not isinstance(entry, dict):
+                raise EncodingError(f"{source}: encoding of {name!r} is not an object", "see the JSON schema")
+            table[name] = Encoding.from_json(entry, name)
+        return cls(table, {str(k): str(v) for k, v in meta.items()})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, atomically; floats keep every bit.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        atomic_write_text(Path(path), json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Encodings:
+        """Read a table that `save` wrote.
+
+        Raises:
+            EncodingError: The file is missing, is not JSON, or is not a table of encodings.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise EncodingError(f"cannot read {path} ({error.strerror})", "give an existing file") from None
+        except ValueError as error:
+            raise EncodingError(f"{path} is not JSON ({error})", "give a file written by Encodings.save") from None
+        return cls.from_json(data, str(path))
