@@ -1,0 +1,1 @@
+"""The converted model: integer execution, exact to a numerics profile."""

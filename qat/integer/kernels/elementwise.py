@@ -1,0 +1,102 @@
+"""Addition, subtraction, multiplication and division of two quantized tensors, with broadcasting.
+
+8-bit addition and multiplication are ONNX Runtime's QLinearAdd (AVX2 kernel) and QLinearMul; subtraction, division and
+16-bit operands are computed in float between DequantizeLinear and QuantizeLinear. All of them are elementwise, hence
+reproducible bit by bit.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qat.integer.kernels.qparams import QParams, float32_scalar
+from qat.integer.kernels.requantize import dequantize, multiplier, quantize
+
+
+def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """`a * b + c` of float32 tensors with one rounding, as a fused multiply-add.
+
+    The product is exact in float64. The sum is rounded to odd there, which makes the second rounding, to float32, correct
+    (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    shift = total - product
+    error = (product - (total - shift)) + (addend - shift)
+    even = (total.view(torch.int64) & 1) == 0
+    neighbour = torch.nextafter(total, torch.where(error > 0, math.inf, -math.inf).to(total.dtype))
+    return torch.where((error != 0) & even, neighbour, total).to(torch.float32)
+
+
+def _saturate(v: Tensor, y: QParams) -> Tensor:
+    return torch.clamp(v, y.qmin, y.qmax).round().to(torch.int32)
+
+
+def _qlinear_add(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> Tensor:
+    scale_y = float32_scalar(y.scale, a_codes)
+    ratio_a, ratio_b = float32_scalar(a.scale, a_codes) / scale_y, float32_scalar(b.scale, a_codes) / scale_y
+    zero_a, zero_b = float32_scalar(a.zero_point, a_codes), float32_scalar(b.zero_point, a_codes)
+    fixed = float32_scalar(y.zero_point, a_codes) - _fma(ratio_a, zero_a, ratio_b * zero_b)
+    partial = _fma(b_codes.to(torch.float32), ratio_b, fixed)
+    return _saturate(_fma(a_codes.to(torch.float32), ratio_a, partial), y)
+
+
+def _left_is_scalar(a: torch.Size, b: torch.Size) -> bool:
+    """Whether the runtime sees a single left element in its innermost loop; it then swaps the operands."""
+    for d in range(1, max(len(a), len(b)) + 1):
+        size_a, size_b = (s[-d] if d <= len(s) else 1 for s in (a, b))
+        if (size_a, size_b) != (1, 1):
+            return size_a == 1
+    return True
+
+
+def add(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> Tensor:
+    """Quantized addition (QLinearAdd).
+
+    Args:
+        a_codes: Integer codes within `[a.qmin, a.qmax]`.
+        a: Parameters of `a_codes`.
+        b_codes: Integer codes within `[b.qmin, b.qmax]`; shapes broadcast.
+        b: Parameters of `b_codes`.
+        y: Parameters of the result.
+
+    Returns:
+        int32 codes of the broadcast shape.
+    """
+    if a.wide or b.wide or y.wide:
+        return quantize(dequantize(a_codes, a) + dequantize(b_codes, b), y)
+    if _left_is_scalar(a_codes.shape, b_codes.shape):
+        a_codes, a, b_codes, b = b_codes, b, a_codes, a
+    if math.prod(torch.broadcast_shapes(a_codes.shape, b_codes.shape)) <= a.levels * b.levels:
+        return _qlinear_add(a_codes, a, b_codes, b, y)
+    # every pair of codes once, then one lookup an element instead of float64 arithmetic
+    left = torch.arange(a.qmin, a.qmax + 1, device=a_codes.device)[:, None]
+    right = torch.arange(b.qmin, b.qmax + 1, device=a_codes.device)
+    table = _qlinear_add(left, a, right, b, y).flatten()
+    index = (a_codes.to(torch.int32) - a.qmin) * b.levels + (b_codes.to(torch.int32) - b.qmin)
+    return table.index_select(0, index.flatten()).reshape(index.shape)
+
+
+def sub(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> Tensor:
+    """Quantized subtraction `a - b`, computed in float by the runtime; arguments and result as for `add`."""
+    return quantize(dequantize(a_codes, a) - dequantize(b_codes, b), y)
+
+
+def mul(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> Tensor:
+    """Quantized multiplication (QLinearMul); arguments and result as for `add`."""
+    if a.wide or b.wide or y.wide:
+        return quantize(dequantize(a_codes, a) * dequantize(b_codes, b), y)
+    product = (a_codes.to(torch.int32) - a.zero_point) * (b_codes.to(torch.int32) - b.zero_point)
+    ratio = multiplier(a.scale, b.scale, y.scale).to(a_codes.device)
+    return _saturate(product.to(torch.float32) * ratio + float32_scalar(y.zero_point, a_codes), y)
+
+
+def div(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> Tensor:
+    """Quantized division `a / b`, computed in float by the runtime; arguments and result as for `add`.
+
+    Division by zero saturates, and 0 / 0 becomes `qmin`.
+    """
+    return quantize(dequantize(a_codes, a) / dequantize(b_codes, b), y)

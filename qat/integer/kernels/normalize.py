@@ -1,0 +1,93 @@
+"""Softmax and layer normalization."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from qat.integer.kernels.qparams import QParams, float32_scalar
+from qat.integer.kernels.requantize import dequantize, quantize
+
+_FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def _sum_in_order(x: Tensor) -> Tensor:
+    """Sum over the first axis, one element after the other in float32, which no built-in reduction promises."""
+    total = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
+    for term in x.unbind(0):
+        total = total + term
+    return total
+
+
+def softmax(codes: Tensor, x: QParams, y: QParams, axis: int = -1) -> Tensor:
+    """Softmax (QLinearSoftmax, opset 13 and later): a table of exponentials, relative to the largest code.
+
+    The runtime scales by `floor(1 / y.scale)`, so the result is sensible only for a scale of one over an integer; 1/256
+    with zero point 0 in uint8 is the one to use. It does not saturate int8 results: 128 wraps to -128, and so it does here.
+
+    Args:
+        codes: Integer, any shape.
+        x: Parameters of the input.
+        y: Parameters of the result.
+        axis: The axis that sums to one.
+
+    Returns:
+        int32 codes, shape of `codes`.
+    """
+    if x.wide or y.wide:
+        return quantize(torch.softmax(dequantize(codes, x).double(), axis).to(torch.float32), y)
+    moved = codes.to(torch.int64).movedim(axis, 0)
+    length = moved.shape[0]
+    # head room for the sum; the division is float32, the rest double
+    room = max(0.0, math.log(float(float32_scalar(_FLOAT32_MAX, codes) / length)) - 5.0) / x.scale
+    steps = torch.arange(256, dtype=torch.float64, device=codes.device) - 255.0 + room
+    table = torch.exp(steps * x.scale).to(torch.float32)
+    terms = table[moved - moved.amax(0, keepdim=True) + 255]
+    top = torch.floor(1.0 / float32_scalar(y.scale, codes))
+    result = ((terms * top) / _sum_in_order(terms)).round().to(torch.int32) + y.zero_point
+    if y.qmin < 0:
+        result = ((result + 128) & 255) - 128
+    return torch.clamp(result, y.qmin, y.qmax).movedim(0, axis)
+
+
+def layer_norm(
+    codes: Tensor,
+    x: QParams,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    y: QParams,
+    normalized_dims: int = 1,
+    epsilon: float = 1e-5,
+) -> Tensor:
+    """Layer normalization over the last axes, in float between DequantizeLinear and QuantizeLinear.
+
+    Mean and variance come from exact integer sums, so the float value is the correctly rounded one up to the last few
+    operations; the runtime's own sums are float32.
+
+    Args:
+        codes: Integer, any shape.
+        x: Parameters of the input.
+        weight: float32, the shape of the last `normalized_dims` axes, or None.
+        bias: Like `weight`.
+        y: Parameters of the result.
+        normalized_dims: Number of trailing axes.
+        epsilon: Added to the variance.
+
+    Returns:
+        int32 codes, shape of `codes`.
+    """
+    axes = list(range(-normalized_dims, 0))
+    centred = codes.to(torch.int64) - x.zero_point
+    count = math.prod(codes.shape[a] for a in axes)
+    total = centred.sum(axes, keepdim=True)
+    squares = (centred * centred).sum(axes, keepdim=True)
+    # count * squares - total**2 is an integer: no cancellation
+    variance = (count * squares - total * total).double() * (x.scale / count) ** 2
+    real = (centred.double() - total.double() / count) * x.scale / torch.sqrt(variance + epsilon)
+    if weight is not None:
+        real = real * weight.to(real.device).double()
+    if bias is not None:
+        real = real + bias.to(real.device).double()
+    return quantize(real.to(torch.float32), y)
