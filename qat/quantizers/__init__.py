@@ -1,0 +1,34 @@
+"""Fake quantizers for activations and weights, and the phases that drive them."""
+
+from __future__ import annotations
+
+from qat.quantizers.activation import FakeQuantize
+from qat.quantizers.base import Phase, Quantizer
+from qat.quantizers.phases import (
+    FLOAT,
+    OBSERVE,
+    QUANTIZE,
+    TRACK,
+    freeze_batch_norm,
+    pack_frozen,
+    set_phase,
+    unpack_frozen,
+)
+from qat.quantizers.static import fake_quantize
+from qat.quantizers.weight import WeightFakeQuantize
+
+__all__ = [
+    "FLOAT",
+    "OBSERVE",
+    "QUANTIZE",
+    "TRACK",
+    "FakeQuantize",
+    "Phase",
+    "Quantizer",
+    "WeightFakeQuantize",
+    "fake_quantize",
+    "freeze_batch_norm",
+    "pack_frozen",
+    "set_phase",
+    "unpack_frozen",
+]

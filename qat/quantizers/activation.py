@@ -1,0 +1,199 @@
+"""The fake quantizer of an activation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qat import numerics
+from qat.encoding import Encoding
+from qat.errors import DataError, SchemeError, StateError
+from qat.observers import make_observer
+from qat.quantizers.base import Phase, Quantizer, tensor_range
+from qat.quantizers.static import fake_quantize
+from qat.scheme import Scheme
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class FakeQuantize(Quantizer):
+    """Observes, tracks and fake-quantizes one activation.
+
+    By phase, in this order: *observing* feeds the observer; *tracking*, in training mode, moves the range
+    towards the batch's smallest and largest value (`new = old + momentum * (batch - old)`; the first batch
+    sets a range that was never calibrated) and recomputes the grid; *quantizing* fake-quantizes with the
+    grid. A batch with nan or inf does not enter the moving average, and an empty one does nothing. Under
+    `torch.distributed` the range of a batch is that of all processes, by one small all-reduce, so the moving
+    average equals that of one process on the same data; every process must then run the forward pass in
+    training mode.
+
+    Besides the buffers of `Quantizer` there are `samples`, the calibrated samples, and `tracked`, the samples
+    (on this process) of the moving average, both int64 scalars.
+
+    Args:
+        scheme: Per-tensor or per-channel.
+        name: Name of the tensor, for messages.
+        channels: Number of channels along the axis of a per-channel scheme.
+        fixed: Range `(low, high)` that the tensor has by its nature, such as (0, 1) after a softmax: it is
+            never observed or tracked.
+        momentum: Weight of a batch in the moving average.
+
+    Raises:
+        SchemeError: A per-group scheme, a per-channel one without `channels`, a momentum outside (0, 1], or
+            what `Quantizer` refuses.
+        EncodingError: The fixed range is inverted or not finite.
+    """
+
+    samples: Tensor
+    tracked: Tensor
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        name: str,
+        channels: int | None = None,
+        *,
+        fixed: tuple[float, float] | None = None,
+        momentum: float = 0.01,
+    ) -> None:
+        kind = scheme.granularity.kind
+        if kind == "per_group":
+            raise SchemeError(
+                f"activation {name!r} cannot be quantized per group", "choose per_tensor or per_channel"
+            )
+        if kind == "per_channel" and channels is None:
+            raise SchemeError(f"activation {name!r} has no known number of channels", "choose per_tensor")
+        if not 0.0 < momentum <= 1.0:
+            raise SchemeError(
+                f"momentum {momentum} for {name!r} is outside (0, 1]", "choose a small positive one"
+            )
+        count = channels if kind == "per_channel" and channels is not None else 1
+        super().__init__(scheme, name, count)
+        self.momentum = momentum
+        self.fixed = fixed
+        self.register_buffer("samples", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("tracked", torch.zeros((), dtype=torch.int64))
+        if fixed is None:
+            self.observer = make_observer(
+                scheme.observer, scheme.granularity, None if kind == "per_tensor" else count, name
+            )
+        else:
+            low, high = (torch.full(self.scale.shape, v, dtype=torch.float64) for v in fixed)
+            self._set_range(low, high, "fixed", f"range [{fixed[0]:g}, {fixed[1]:g}]")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return `x`, fake-quantized where the phase says so, in its shape and dtype.
+
+        Raises:
+            DataError: `x` is not floating point.
+            StateError: Fake quantization without a range; the tensor is named.
+        """
+        if self.fixed is None:
+            if self.observing:
+                self.observer.observe(x.detach())
+            if self.tracking and self.training:
+                self._track(x.detach())
+        if not self.quantizing:
+            return x
+        if not self.ready and not (self.tracking and self.training):
+            raise self._no_range()
+        if not x.is_floating_point():
+            raise DataError(f"{self.name!r} is a tensor of {x.dtype}", "quantize only floating-point tensors")
+        return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.scheme.granularity)
+
+    @torch.no_grad()
+    def _track(self, x: Tensor) -> None:
+        if x.numel() > 0:
+            low, high = tensor_range(x, self.scheme.granularity)
+        else:
+            low, high = torch.full_like(self.min_val, torch.inf), torch.full_like(self.max_val, -torch.inf)
+        low, high = _range_of_all_processes(low, high)
+        unknown = self.min_val > self.max_val
+        usable = torch.isfinite(low) & torch.isfinite(high)
+        for buffer, batch in ((self.min_val, low), (self.max_val, high)):
+            moved = torch.where(unknown, batch, buffer + self.momentum * (batch - buffer))
+            buffer.copy_(torch.where(usable, moved, buffer))
+        known = self.min_val <= self.max_val
+        scale, zero_point = numerics.range_to_scale_unchecked(
+            torch.where(known, self.min_val, 0.0), torch.where(known, self.max_val, 0.0), self.scheme
+        )
+        self.scale.copy_(torch.where(known, scale, self.scale))
+        self.zero_point.copy_(torch.where(known, zero_point, self.zero_point))
+        self.tracked.add_(x.shape[0] if x.dim() > 0 else 1)
+
+    def set_phase(self, phase: Phase) -> None:
+        """Enter a phase."""
+        super().set_phase(phase)
+        self._settle()
+
+    def train(self, mode: bool = True) -> Self:
+        """Enter training or evaluation mode."""
+        super().train(mode)
+        self._settle()
+        return self
+
+    def _settle(self) -> None:
+        """Take note of a range that only training has set; the forward pass never waits for a device."""
+        if not self.ready and int(self.tracked) and self._has_tracked_range():
+            self._note("qat", "moving_average", has_range=True)
+
+    def _has_tracked_range(self) -> bool:
+        return bool((self.min_val <= self.max_val).all())
+
+    def finish(self) -> None:
+        """Set the grid from what was observed (the end of calibration); nothing to do for a fixed range.
+
+        Raises:
+            StateError: Nothing was observed; the tensor is named.
+            DataError: nan or inf was observed; the tensor is named.
+        """
+        if self.fixed is not None:
+            return
+        if self.observer.is_empty:
+            raise StateError(f"no data reached {self.name!r}", "calibrate with at least one batch")
+        self.observer.finite_or_raise(self.name)
+        low, high = self.observer.range(self.scheme)
+        self._set_range(low, high, "ptq", self.scheme.observer.name)
+        self.samples.copy_(self.observer.samples)
+        self.tracked.zero_()
+
+    def encoding(self) -> Encoding:
+        """Return the encoding: `qat` once tracked in training, else as calibrated, fixed or loaded.
+
+        Raises:
+            StateError: There is no range yet; the tensor is named.
+        """
+        tracked = int(self.tracked)
+        samples = int(self.samples) + tracked
+        if tracked and self._has_tracked_range():
+            return self._buffers_encoding("qat", "moving_average", samples, has_range=True)
+        if self._provenance is None:
+            raise self._no_range()
+        return self._buffers_encoding(self._provenance, self._method, samples, self._has_range)
+
+    def load_encoding(self, encoding: Encoding) -> None:
+        """Take the grid, range, provenance and sample count of an encoding.
+
+        Raises:
+            EncodingError: It does not fit the scheme, or the number of channels; the tensor is named.
+        """
+        super().load_encoding(encoding)
+        self.samples.fill_(encoding.samples)
+        self.tracked.zero_()
+
+    def _no_range(self) -> StateError:
+        return StateError(f"{self.name!r} has no range yet", "calibrate the model first")
+
+
+def _range_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the widest range over the processes of the default group; nan where any has nan."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return low, high
+    # a maximum need not carry nan over, but infinity it does, and both keep the batch out of the average
+    both = torch.nan_to_num(torch.stack([-low, high]), nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    return -both[0], both[1]

@@ -1,0 +1,235 @@
+"""The fake quantizer of a weight, as a parametrization, with batch-norm scaling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat import numerics
+from qat.encoding import Encoding
+from qat.errors import DataError, SchemeError, StateError
+from qat.observers import weight_range
+from qat.quantizers.base import Quantizer, tensor_range
+from qat.quantizers.static import fake_quantize
+from qat.scheme import Scheme
+
+#: Smallest |gamma| that is used: keeps the factor away from zero. The outputs of a batch norm are off by less
+#: than this times the normalized value, far below any activation's scale.
+GAMMA_FLOOR = 2.0**-20
+
+
+class WeightFakeQuantize(Quantizer):
+    """Fake-quantizes a weight, as a parametrization of its module (`torch.nn.utils.parametrize`).
+
+    *The grid.* With the `minmax` observer the scale follows the weight: it is recomputed in every forward
+    pass, and the buffers only hold that of the last `refresh`. With any other observer, and after
+    `load_encoding`, the grid is that of the buffers until the next `refresh`. `observing` and `tracking` mean
+    nothing to a weight.
+
+    *Batch norm.* With `bn`, the weight that is quantized is `w * f`, `f = gamma / sqrt(running_var + eps)`
+    for every output channel, and the module gets `fake_quantize(w * f) / f`: its output, normalized with the
+    running statistics, is the output of the folded integer layer. `f` is a constant to the gradient: gamma
+    gets its gradient through the batch norm itself, and through `f` there would be only that of the rounding
+    error. A gamma below `GAMMA_FLOOR` in magnitude is used as that, with its sign. The batch norm is referred
+    to, not owned: it is no submodule, adds no key to the state, and `copy.deepcopy` of a model refers to the
+    copied one.
+
+    The gradient of the weight is the range mask of `fake_quantize`.
+
+    Args:
+        scheme: Of the weight; a per-channel axis is that of its output channels.
+        name: `state_dict` key of the weight, for messages.
+        shape: Of the weight.
+        bn: The batch norm that follows; None for none.
+        channel_axis: Axis of the output channels: 0, or 1 for transposed convolutions.
+        groups: Groups of a transposed convolution, whose output channels are groups x the axis.
+
+    Raises:
+        SchemeError: The scheme does not fit the shape, the batch norm keeps no running statistics or has
+            another number of channels; the weight is named.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        name: str,
+        shape: Sequence[int],
+        bn: nn.Module | None = None,
+        *,
+        channel_axis: int = 0,
+        groups: int = 1,
+    ) -> None:
+        self._check(scheme, name, shape, bn, channel_axis, groups)
+        super().__init__(scheme, name, _scale_count(scheme, shape))
+        self.shape = tuple(shape)
+        self.channel_axis = channel_axis
+        self.groups = groups
+        # in a tuple, so that it does not become a submodule
+        self._bn: tuple[_BatchNorm, ...] = (bn,) if isinstance(bn, _BatchNorm) else ()
+
+    @staticmethod
+    def _check(
+        scheme: Scheme, name: str, shape: Sequence[int], bn: nn.Module | None, channel_axis: int, groups: int
+    ) -> None:
+        axis = scheme.granularity.axis
+        if scheme.granularity.kind != "per_tensor" and not -len(shape) <= axis < len(shape):
+            raise SchemeError(
+                f"{name!r} of shape {tuple(shape)} has no axis {axis}", "choose an axis that it has"
+            )
+        if math.prod(shape) == 0:
+            raise SchemeError(f"{name!r} of shape {tuple(shape)} is empty", "leave it float")
+        if not 0 <= channel_axis < len(shape):
+            raise SchemeError(
+                f"{name!r} of shape {tuple(shape)} has no channel axis {channel_axis}", "choose 0 or 1"
+            )
+        if groups != 1 and (channel_axis != 1 or groups < 1 or shape[0] % groups):
+            raise SchemeError(
+                f"{groups} groups do not fit {name!r} of shape {tuple(shape)}",
+                "give groups only for a transposed convolution, a divisor of its input channels",
+            )
+        if bn is None:
+            return
+        if not isinstance(bn, _BatchNorm):
+            raise SchemeError(f"{name!r} cannot be scaled by a {type(bn).__name__}", "give a batch norm")
+        if bn.running_var is None:
+            raise SchemeError(
+                f"the batch norm after {name!r} keeps no running statistics", "set track_running_stats=True"
+            )
+        if bn.num_features != shape[channel_axis] * groups:
+            raise SchemeError(
+                f"the batch norm after {name!r} has {bn.num_features} channels and the weight "
+                f"{shape[channel_axis] * groups}",
+                "give the batch norm of this layer",
+            )
+
+    @property
+    def batch_norm(self) -> _BatchNorm | None:
+        """The batch norm that scales this weight."""
+        return self._bn[0] if self._bn else None
+
+    @property
+    def follows(self) -> bool:
+        """Whether the scale is recomputed from the weight in every forward pass."""
+        return self.scheme.observer.name == "minmax" and not self._loaded
+
+    def factor(self) -> Tensor | None:
+        """Return `gamma / sqrt(running_var + eps)`, float32 (output channels,); None without a batch norm."""
+        if not self._bn or self._bn[0].running_var is None:
+            return None
+        bn = self._bn[0]
+        root = torch.sqrt(self._bn[0].running_var.detach().to(torch.float32) + bn.eps)
+        if bn.weight is None:
+            return 1.0 / root
+        gamma = bn.weight.detach().to(torch.float32)
+        floor = torch.copysign(torch.full_like(gamma, GAMMA_FLOOR), gamma)
+        return torch.where(gamma.abs() < GAMMA_FLOOR, floor, gamma) / root
+
+    def _spread_factor(self, weight: Tensor) -> Tensor | None:
+        """Return the factor so that it broadcasts against the weight."""
+        factor = self.factor()
+        if factor is None:
+            return None
+        if self.channel_axis == 0 or self.groups == 1:
+            return factor.reshape([-1 if d == self.channel_axis else 1 for d in range(weight.dim())])
+        # (groups, 1, out / groups) over the input channels of each group
+        rows = factor.reshape(self.groups, 1, -1).expand(-1, weight.shape[0] // self.groups, -1)
+        return rows.reshape(weight.shape[0], weight.shape[1], *([1] * (weight.dim() - 2)))
+
+    def _grid(self, folded: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point for a folded weight, in a shape that fits the scheme."""
+        if self.follows:
+            low, high = tensor_range(folded, self.scheme.granularity)
+            return numerics.range_to_scale_unchecked(low, high, self.scheme)
+        if not self.ready:
+            raise StateError(
+                f"{self.name!r} has no range yet",
+                "call refresh with the weight, or calibrate the model first",
+            )
+        return self.scale, self.zero_point
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return the weight, fake-quantized in the phase *quantizing*, in its shape and dtype.
+
+        Raises:
+            StateError: Fake quantization with an observer whose range was never set; the weight is named.
+        """
+        if not self.quantizing:
+            return weight
+        factor = self._spread_factor(weight)
+        scale, zero_point = self._grid(_fold(weight, factor))
+        return fake_quantize(
+            weight, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor=factor
+        )
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Return the float weight to keep where a user assigns `module.weight`: the assigned one."""
+        return weight
+
+    @torch.no_grad()
+    def refresh(self, weight: Tensor) -> None:
+        """Set the buffers from the float weight by the scheme's observer; warn of channels that are all zero.
+
+        Call it when calibration ends, and where the grid does not follow the weight whenever the weight or
+        the statistics of the batch norm have moved.
+
+        Raises:
+            DataError: The weight, or its product with the factor, is not finite; it is named.
+        """
+        low, high = weight_range(_fold(weight, self._spread_factor(weight)), self.scheme, self.name)
+        self._set_range(low, high, "ptq", self.scheme.observer.name)
+
+    @torch.no_grad()
+    def codes(self, weight: Tensor) -> tuple[Tensor, Encoding]:
+        """Quantize the (folded) weight onto the grid that `forward` uses.
+
+        Args:
+            weight: The float weight, `module.parametrizations.weight.original`.
+
+        Returns:
+            Codes (int32, in the shape of the weight) of `w * f`, and their encoding. Its provenance is `qat`
+            where the grid has moved since the last refresh, that is by training; else `ptq`, or that of the
+            loaded encoding.
+
+        Raises:
+            DataError: The weight, or its product with the factor, is not finite; it is named.
+            StateError: An observer's range was never set; the weight is named.
+        """
+        folded = _fold(weight, self._spread_factor(weight))
+        if not bool(torch.isfinite(folded).all()):
+            raise DataError(
+                f"{self.name!r} holds nan or inf", "check the weights and the batch norm's statistics"
+            )
+        scale, zero_point = self._grid(folded)
+        q = numerics.quantize(folded, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity)
+        if not self.follows:
+            return q, self._buffers_encoding(self._provenance or "ptq", self._method, 0, self._has_range)
+        moved = self.ready and not (
+            torch.equal(scale.reshape(-1), self.scale.reshape(-1))
+            and torch.equal(zero_point.reshape(-1), self.zero_point.reshape(-1))
+        )
+        low, high = tensor_range(folded, self.scheme.granularity)
+        encoding = Encoding.from_range(
+            low.reshape(-1), high.reshape(-1), self.scheme, provenance="qat" if moved else "ptq"
+        )
+        return q, encoding
+
+
+def _fold(weight: Tensor, factor: Tensor | None) -> Tensor:
+    """Return the weight that is quantized, float32, without gradient."""
+    folded = weight.detach().to(torch.float32)
+    return folded if factor is None else folded * factor
+
+
+def _scale_count(scheme: Scheme, shape: Sequence[int]) -> int:
+    granularity = scheme.granularity
+    if granularity.kind == "per_tensor":
+        return 1
+    if granularity.kind == "per_channel":
+        return shape[granularity.axis]
+    sizes = list(shape)
+    sizes[granularity.axis] = -(-sizes[granularity.axis] // (granularity.size or 1))
+    return math.prod(sizes)
