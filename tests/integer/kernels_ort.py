@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 from torch import Tensor
 
 from qat.integer.kernels.qparams import QParams
@@ -56,17 +56,23 @@ class Graph:
         self.outputs.append(helper.make_tensor_value_info(name, kind, None))
 
     def quantize(self, name: str, q: QParams, dtype: str) -> str:
-        return self.op("QuantizeLinear", name, self.constant(q.scale, "float32"), self.constant(q.zero_point, dtype))
+        return self.op(
+            "QuantizeLinear", name, self.constant(q.scale, "float32"), self.constant(q.zero_point, dtype)
+        )
 
     def dequantize(self, name: str, q: QParams, dtype: str) -> str:
-        return self.op("DequantizeLinear", name, self.constant(q.scale, "float32"), self.constant(q.zero_point, dtype))
+        return self.op(
+            "DequantizeLinear", name, self.constant(q.scale, "float32"), self.constant(q.zero_point, dtype)
+        )
 
     def weight(self, codes: Tensor, scale: Tensor | float, dtype: str = "int8", axis: int = 0) -> str:
         """Dequantized constant with zero point 0, per tensor or per channel."""
         s = torch.as_tensor(scale, dtype=torch.float32)
         attributes = {"axis": axis} if s.dim() else {}
         zero = self.constant(np.zeros(tuple(s.shape)), dtype)
-        return self.op("DequantizeLinear", self.constant(codes, dtype), self.constant(s, "float32"), zero, **attributes)
+        return self.op(
+            "DequantizeLinear", self.constant(codes, dtype), self.constant(s, "float32"), zero, **attributes
+        )
 
     def run(self, optimized: str | None = None) -> list[Tensor]:
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.constants)
@@ -76,7 +82,9 @@ class Graph:
         options.log_severity_level = 3
         if optimized:
             options.optimized_model_filepath = optimized
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
         return [torch.from_numpy(y.astype(np.int64)) for y in session.run(None, self.feeds)]
 
 

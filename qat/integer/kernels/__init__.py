@@ -1,6 +1,7 @@
 """Integer operators in pure PyTorch that give the codes ONNX Runtime's CPU provider gives.
 
-Every function takes and returns integer codes (any integer dtype in, int32 out) with their `QParams`. One family a file:
+Every function takes and returns integer codes (any integer dtype in, int32 out) with their `QParams`. One
+family a file:
 
 - `qparams`: scale, zero point and range of one tensor, and exact float32 scalars.
 - `accumulate`: exact integer convolutions and products, and the proof that an accumulator cannot overflow.

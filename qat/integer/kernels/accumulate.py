@@ -1,10 +1,11 @@
 """Exact integer accumulation on top of PyTorch's floating-point convolutions and products.
 
-A sum of integer products is exact in floating point as long as no partial sum can leave the range in which every
-integer is representable: 2**24 in float32, 2**53 in float64. The bound is proven from the actual weights and the actual
-largest activation. When float32 does not suffice the reduction is split along the input channels into parts that do, and
-the parts are added as integers; float64 is the last resort. Reduced-precision modes (bfloat16, TF32) and NNPACK, whose
-Winograd transform is inexact, are switched off meanwhile.
+A sum of integer products is exact in floating point as long as no partial sum can leave the range in which
+every integer is representable: 2**24 in float32, 2**53 in float64. The bound is proven from the actual
+weights and the actual largest activation. When float32 does not suffice the reduction is split along the
+input channels into parts that do, and the parts are added as integers; float64 is the last resort.
+Reduced-precision modes (bfloat16, TF32) and NNPACK, whose Winograd transform is inexact, are switched off
+meanwhile.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _MOST_PARTS = 12
 
 @contextmanager
 def _ieee_float() -> Iterator[None]:
-    conv, matmul = torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul
+    conv, matmul = torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = conv.fp32_precision, matmul.fp32_precision
     with torch.backends.nnpack.flags(enabled=False):
         conv.fp32_precision = matmul.fp32_precision = "ieee"
@@ -46,7 +47,7 @@ def _as_integer(acc: Tensor, bound: int) -> Tensor:
 
 
 def _parts(weight_sums: Tensor, largest: int) -> list[int] | None:
-    """Boundaries along the reduced axis such that no part can leave float32's exact range; None if that takes too many.
+    """Boundaries of parts of the reduced axis that float32 adds exactly; None if there are too many.
 
     Args:
         weight_sums: float64, shape (outputs, reduced): sums of |w|.
@@ -90,7 +91,9 @@ def pad_spatial(x: Tensor, padding: int | Sequence[int], value: float = 0.0) -> 
     if len(values) == dims:
         values = values * 2
     if len(values) != 2 * dims:
-        raise PlanError(f"padding {values} for {dims} spatial dimensions", f"give 1, {dims} or {2 * dims} values")
+        raise PlanError(
+            f"padding {values} for {dims} spatial dimensions", f"give 1, {dims} or {2 * dims} values"
+        )
     if not any(values):
         return x
     flat = [side for d in reversed(range(dims)) for side in (values[d], values[dims + d])]
@@ -114,10 +117,11 @@ def conv_accumulate(
     Args:
         x_codes: Integer, shape (N, C_in, *spatial).
         x_zero_point: Zero point of `x_codes`.
-        w_codes: Integer, shape (C_out, C_in / groups, *kernel); (C_in, C_out / groups, *kernel) if `transposed`.
+        w_codes: Integer, shape (C_out, C_in / groups, *kernel); (C_in, C_out / groups, *kernel) if
+            `transposed`.
         stride: One value or one per dimension.
-        padding: One value, one per dimension, or ONNX order (begins, then ends) for asymmetric padding. For a transposed
-            convolution, what is cropped from the full result.
+        padding: One value, one per dimension, or ONNX order (begins, then ends) for asymmetric padding. For a
+            transposed convolution, what is cropped from the full result.
         dilation: One value or one per dimension.
         groups: Number of groups.
         transposed: Transposed convolution.
@@ -125,7 +129,8 @@ def conv_accumulate(
         w_zero_point: Zero point of `w_codes`.
 
     Returns:
-        int32 accumulators, or int64 where the bound of the actual operands exceeds 2**31; shape (N, C_out, *spatial).
+        int32 accumulators, or int64 where the bound of the actual operands exceeds 2**31; shape (N, C_out,
+        *spatial).
 
     Raises:
         PlanError: Arguments for another number of dimensions.
@@ -150,9 +155,11 @@ def conv_accumulate(
 
     def run(x_part: Tensor, w_part: Tensor, dtype: torch.dtype) -> Tensor:
         if transposed:
-            return _conv_transpose(x_part.to(dtype), w_part.to(dtype), strides, padding, extra, groups, dilations)
+            return _conv_transpose(
+                x_part.to(dtype), w_part.to(dtype), strides, padding, extra, groups, dilations
+            )
         conv = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
-        return conv(x_part.to(dtype), w_part.to(dtype), None, strides, 0, dilations, groups)  # type: ignore[no-any-return,operator]
+        return conv(x_part.to(dtype), w_part.to(dtype), None, strides, 0, dilations, groups)
 
     with _ieee_float():
         if bound < _FLOAT32_EXACT:
@@ -162,7 +169,8 @@ def conv_accumulate(
             return _as_integer(run(x, w, torch.float64), bound)
         axis = 0 if transposed else 1
         parts = (
-            _as_integer(run(x[:, i:j], w.narrow(axis, i, j - i), torch.float32), bound) for i, j in pairwise(cuts)
+            _as_integer(run(x[:, i:j], w.narrow(axis, i, j - i), torch.float32), bound)
+            for i, j in pairwise(cuts)
         )
         total = next(parts)
         for part in parts:
@@ -184,9 +192,11 @@ def _conv_transpose(
     crop = [padding] * dims if isinstance(padding, int) else list(padding)
     begins, ends = (crop, crop) if len(crop) == dims else (crop[:dims], crop[dims:])
     if len(begins) != dims or len(ends) != dims:
-        raise PlanError(f"padding {crop} for {dims} spatial dimensions", f"give 1, {dims} or {2 * dims} values")
+        raise PlanError(
+            f"padding {crop} for {dims} spatial dimensions", f"give 1, {dims} or {2 * dims} values"
+        )
     # the full result with the output padding appended, then cropped: allows any padding on either side
-    y = op(x, w, None, stride, 0, 0, groups, dilation)  # type: ignore[operator]
+    y = op(x, w, None, stride, 0, 0, groups, dilation)
     flat = [side for d in reversed(range(dims)) for side in (-begins[d], output_padding[d] - ends[d])]
     return functional.pad(y, flat)
 
@@ -211,7 +221,11 @@ def matmul_accumulate(a: Tensor, a_zero_point: int, b: Tensor, b_zero_point: int
     depth = left.shape[-1]
     largest = _largest(left)
     # columns of every batch as rows: the parts must suit them all
-    sums = right.abs().double().transpose(-1, -2).reshape(-1, depth) if right.numel() else right.new_zeros((1, depth)).double()
+    sums = (
+        right.abs().double().transpose(-1, -2).reshape(-1, depth)
+        if right.numel()
+        else right.new_zeros((1, depth)).double()
+    )
     bound = (int(sums.sum(1).max()) if depth else 0) * largest
     if bound >= _FLOAT64_EXACT:
         raise ExportError(f"an accumulator may reach {bound}, beyond exact float64", "use narrower codes")
@@ -242,8 +256,8 @@ def accumulator_bound(
 ) -> Tensor:
     """Largest magnitude that each output channel's accumulator can reach, whatever the input.
 
-    The bound is tight (some input attains it) and holds for every partial sum in any order, since each product's range
-    contains zero. Bias may be added first or last.
+    The bound is tight (some input attains it) and holds for every partial sum in any order, since each
+    product's range contains zero. Bias may be added first or last.
 
     Args:
         w_codes: Integer weights with the zero point already subtracted.

@@ -1,8 +1,8 @@
 """Addition, subtraction, multiplication and division of two quantized tensors, with broadcasting.
 
-8-bit addition and multiplication are ONNX Runtime's QLinearAdd (AVX2 kernel) and QLinearMul; subtraction, division and
-16-bit operands are computed in float between DequantizeLinear and QuantizeLinear. All of them are elementwise, hence
-reproducible bit by bit.
+8-bit addition and multiplication are ONNX Runtime's QLinearAdd (AVX2 kernel) and QLinearMul; subtraction,
+division and 16-bit operands are computed in float between DequantizeLinear and QuantizeLinear. All of them
+are elementwise, hence reproducible bit by bit.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from qat.integer.kernels.requantize import dequantize, multiplier, quantize
 def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """`a * b + c` of float32 tensors with one rounding, as a fused multiply-add.
 
-    The product is exact in float64. The sum is rounded to odd there, which makes the second rounding, to float32, correct
-    (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    The product is exact in float64. The sum is rounded to odd there, which makes the second rounding, to
+    float32, correct (Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
     """
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
@@ -70,7 +70,8 @@ def add(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) ->
         return quantize(dequantize(a_codes, a) + dequantize(b_codes, b), y)
     if _left_is_scalar(a_codes.shape, b_codes.shape):
         a_codes, a, b_codes, b = b_codes, b, a_codes, a
-    if math.prod(torch.broadcast_shapes(a_codes.shape, b_codes.shape)) <= a.levels * b.levels:
+    shape = torch.broadcast_shapes(a_codes.shape, b_codes.shape)  # type: ignore[no-untyped-call]
+    if math.prod(shape) <= a.levels * b.levels:
         return _qlinear_add(a_codes, a, b_codes, b, y)
     # every pair of codes once, then one lookup an element instead of float64 arithmetic
     left = torch.arange(a.qmin, a.qmax + 1, device=a_codes.device)[:, None]

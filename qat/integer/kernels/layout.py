@@ -20,7 +20,7 @@ def pad(
     mode: Literal["constant", "reflect", "replicate"] = "constant",
     value: float = 0.0,
 ) -> Tensor:
-    """Pad: DequantizeLinear, Pad in float, QuantizeLinear with the same encoding, which leaves every code as it is.
+    """Pad between DequantizeLinear and QuantizeLinear of one encoding, which leaves every code as it is.
 
     Args:
         codes: Integer, any shape.
@@ -39,7 +39,7 @@ def pad(
 
 
 def concat(parts: Sequence[tuple[Tensor, QParams]], y: QParams, axis: int) -> Tensor:
-    """Concatenate codes of different encodings (QLinearConcat): each part is requantized, equal encodings are copied.
+    """Concatenate codes (QLinearConcat): other encodings are requantized, equal ones copied.
 
     Args:
         parts: Codes with their parameters.

@@ -1,7 +1,8 @@
 """Convolution, transposed convolution, fully connected layer and matrix product.
 
-With 8-bit activations these are ONNX Runtime's QLinearConv, QGemm and QLinearMatMul, code by code. With 16-bit
-activations, and for a ConvTranspose node, the runtime dequantizes and computes in float; see `requantize_wide`.
+With 8-bit activations these are ONNX Runtime's QLinearConv, QGemm and QLinearMatMul, code by code. With
+16-bit activations, and for a ConvTranspose node, the runtime dequantizes and computes in float; see
+`requantize_wide`.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from qat.integer.kernels.requantize import multiplier, requantize, requantize_wi
 
 
 def _finish(
-    acc: Tensor, bias_codes: Tensor | None, x: QParams, w_scale: float | Tensor, y: QParams, axis: int, in_float: bool
+    acc: Tensor,
+    bias_codes: Tensor | None,
+    x: QParams,
+    w_scale: float | Tensor,
+    y: QParams,
+    axis: int,
+    in_float: bool,
 ) -> Tensor:
     if bias_codes is not None:
         axis %= acc.dim()
@@ -60,7 +67,9 @@ def conv(
     Returns:
         int32 codes, shape (N, C_out, *spatial).
     """
-    acc = conv_accumulate(x_codes, x.zero_point, w_codes, stride, padding, dilation, groups, w_zero_point=w_zero_point)
+    acc = conv_accumulate(
+        x_codes, x.zero_point, w_codes, stride, padding, dilation, groups, w_zero_point=w_zero_point
+    )
     return _finish(acc, bias_codes, x, w_scale, y, 1, x.wide or y.wide)
 
 
@@ -80,8 +89,9 @@ def conv_transpose(
 ) -> Tensor:
     """Quantized transposed convolution.
 
-    ONNX Runtime has no integer kernel for a ConvTranspose node: it computes in float (`in_float`). Written as a
-    convolution with `subpixel_weights` it becomes a QLinearConv, and the codes are exact (`in_float=False`).
+    ONNX Runtime has no integer kernel for a ConvTranspose node: it computes in float (`in_float`). Written as
+    a convolution with `subpixel_weights` it becomes a QLinearConv, and the codes are exact
+    (`in_float=False`).
 
     Args:
         x_codes: Integer, shape (N, C_in, *spatial).
@@ -101,15 +111,28 @@ def conv_transpose(
         int32 codes, shape (N, C_out, *spatial).
     """
     acc = conv_accumulate(
-        x_codes, x.zero_point, w_codes, stride, padding, dilation, groups, transposed=True, output_padding=output_padding
+        x_codes,
+        x.zero_point,
+        w_codes,
+        stride,
+        padding,
+        dilation,
+        groups,
+        transposed=True,
+        output_padding=output_padding,
     )
     return _finish(acc, bias_codes, x, w_scale, y, 1, in_float or x.wide or y.wide)
 
 
 def linear(
-    x_codes: Tensor, x: QParams, w_codes: Tensor, w_scale: float | Tensor, bias_codes: Tensor | None, y: QParams
+    x_codes: Tensor,
+    x: QParams,
+    w_codes: Tensor,
+    w_scale: float | Tensor,
+    bias_codes: Tensor | None,
+    y: QParams,
 ) -> Tensor:
-    """Quantized fully connected layer (QGemm with `transB`; Reshape, Gemm, Reshape for more than two dimensions).
+    """Quantized fully connected layer (QGemm; Reshape, Gemm, Reshape for more than two dimensions).
 
     Args:
         x_codes: Integer, shape (*, K).
@@ -146,9 +169,10 @@ def matmul(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams)
 def subpixel_weights(w_codes: Tensor, stride: Sequence[int], groups: int = 1) -> Tensor:
     """Weight of the convolution that gives every phase of a transposed convolution.
 
-    A transposed convolution of stride s is s**d ordinary convolutions, one for each phase of the output, interleaved. With
-    m = ceil(kernel / stride) taps a phase, the equivalent graph is: Conv with this weight, stride 1 and padding m - 1 on
-    all sides; Reshape and Transpose of (C_out, *stride) so that the phases interleave; Slice to crop the padding.
+    A transposed convolution of stride s is s**d ordinary convolutions, one for each phase of the output,
+    interleaved. With m = ceil(kernel / stride) taps a phase, the equivalent graph is: Conv with this weight,
+    stride 1 and padding m - 1 on all sides; Reshape and Transpose of (C_out, *stride) so that the phases
+    interleave; Slice to crop the padding.
 
     Args:
         w_codes: Integer, shape (C_in, C_out / groups, *kernel).
@@ -156,15 +180,17 @@ def subpixel_weights(w_codes: Tensor, stride: Sequence[int], groups: int = 1) ->
         groups: Number of groups.
 
     Returns:
-        Shape (C_out * prod(stride), C_in / groups, *m), channel order (output channel, then phase, last dimension fastest),
-        dtype of `w_codes`.
+        Shape (C_out * prod(stride), C_in / groups, *m), channel order (output channel, then phase, last
+        dimension fastest), dtype of `w_codes`.
     """
     kernel = w_codes.shape[2:]
     dims = len(kernel)
     taps = [-(-k // s) for k, s in zip(kernel, stride, strict=True)]
     flat = [side for d in reversed(range(dims)) for side in (0, taps[d] * stride[d] - kernel[d])]
     w = torch.nn.functional.pad(w_codes, flat)
-    w = w.reshape(groups, w.shape[0] // groups, w.shape[1], *(n for d in range(dims) for n in (taps[d], stride[d])))
+    w = w.reshape(
+        groups, w.shape[0] // groups, w.shape[1], *(n for d in range(dims) for n in (taps[d], stride[d]))
+    )
     # (g, in, out, m0, s0, m1, s1, ...) to (g, out, s0, s1, ..., in, m0, m1, ...)
     w = w.permute(0, 2, *(4 + 2 * d for d in range(dims)), 1, *(3 + 2 * d for d in range(dims)))
     w = w.reshape(-1, w_codes.shape[0] // groups, *taps)

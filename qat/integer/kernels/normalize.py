@@ -7,14 +7,14 @@ import math
 import torch
 from torch import Tensor
 
-from qat.integer.kernels.qparams import QParams, float32_scalar
+from qat.integer.kernels.qparams import QParams, float32_scalar, round_to_float32
 from qat.integer.kernels.requantize import dequantize, quantize
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 
 def _sum_in_order(x: Tensor) -> Tensor:
-    """Sum over the first axis, one element after the other in float32, which no built-in reduction promises."""
+    """Sum over the first axis in float32 and in order, which no built-in reduction promises."""
     total = torch.zeros(x.shape[1:], dtype=torch.float32, device=x.device)
     for term in x.unbind(0):
         total = total + term
@@ -24,8 +24,10 @@ def _sum_in_order(x: Tensor) -> Tensor:
 def softmax(codes: Tensor, x: QParams, y: QParams, axis: int = -1) -> Tensor:
     """Softmax (QLinearSoftmax, opset 13 and later): a table of exponentials, relative to the largest code.
 
-    The runtime scales by `floor(1 / y.scale)`, so the result is sensible only for a scale of one over an integer; 1/256
-    with zero point 0 in uint8 is the one to use. It does not saturate int8 results: 128 wraps to -128, and so it does here.
+    The runtime scales by `floor(1 / y.scale)`, so the result is sensible only for a scale of one over an
+    integer; 1/256 with zero point 0 in uint8 is the one to use. Over a single element its float32 product
+    overflows and the code is that of 0 (that of 1 or the smallest in int8) instead of that of 1, and so it is
+    here: do not export such a softmax.
 
     Args:
         codes: Integer, any shape.
@@ -40,16 +42,24 @@ def softmax(codes: Tensor, x: QParams, y: QParams, axis: int = -1) -> Tensor:
         return quantize(torch.softmax(dequantize(codes, x).double(), axis).to(torch.float32), y)
     moved = codes.to(torch.int64).movedim(axis, 0)
     length = moved.shape[0]
-    # head room for the sum; the division is float32, the rest double
-    room = max(0.0, math.log(float(float32_scalar(_FLOAT32_MAX, codes) / length)) - 5.0) / x.scale
+    # head room for the sum; division and logarithm are float32, the rest double
+    room = (
+        max(0.0, round_to_float32(math.log(float(float32_scalar(_FLOAT32_MAX, codes) / length))) - 5.0)
+        / x.scale
+    )
     steps = torch.arange(256, dtype=torch.float64, device=codes.device) - 255.0 + room
     table = torch.exp(steps * x.scale).to(torch.float32)
     terms = table[moved - moved.amax(0, keepdim=True) + 255]
     top = torch.floor(1.0 / float32_scalar(y.scale, codes))
-    result = ((terms * top) / _sum_in_order(terms)).round().to(torch.int32) + y.zero_point
+    share = (terms * top) / _sum_in_order(terms)
+    # one element, or a scale below 1/296: the product overflows, and the runtime converts infinity to an
+    # integer
+    lost = -(2**31) if y.qmin < 0 else 0
+    result = torch.where(share.isfinite(), share, 0.0).round().to(torch.int64)
+    result = torch.where(share.isfinite(), result, lost) + y.zero_point
     if y.qmin < 0:
-        result = ((result + 128) & 255) - 128
-    return torch.clamp(result, y.qmin, y.qmax).movedim(0, axis)
+        result = torch.where(result < -(2**31), result + 2**32, result)
+    return torch.clamp(result, y.qmin, y.qmax).to(torch.int32).movedim(0, axis)
 
 
 def layer_norm(
@@ -63,8 +73,8 @@ def layer_norm(
 ) -> Tensor:
     """Layer normalization over the last axes, in float between DequantizeLinear and QuantizeLinear.
 
-    Mean and variance come from exact integer sums, so the float value is the correctly rounded one up to the last few
-    operations; the runtime's own sums are float32.
+    Mean and variance come from exact integer sums, so the float value is the correctly rounded one up to the
+    last few operations; the runtime's own sums are float32.
 
     Args:
         codes: Integer, any shape.

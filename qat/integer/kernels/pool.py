@@ -30,8 +30,10 @@ def _sides(padding: int | Sequence[int], dims: int) -> tuple[list[int], list[int
     return _each(values[:dims], dims, "padding"), _each(values[dims:], dims, "padding")
 
 
-def pooled_size(size: int, kernel: int, stride: int, begin: int, end: int, dilation: int, ceil_mode: bool) -> int:
-    """Number of windows along one dimension; with `ceil_mode`, none may start in the end padding (PyTorch, ONNX 19)."""
+def pooled_size(
+    size: int, kernel: int, stride: int, begin: int, end: int, dilation: int, ceil_mode: bool
+) -> int:
+    """Number of windows along one dimension; none starts in the end padding, also with `ceil_mode`."""
     span = size + begin + end - dilation * (kernel - 1) - 1
     count = (-(-span // stride) if ceil_mode else span // stride) + 1
     if ceil_mode and (count - 1) * stride >= size + begin:
@@ -47,7 +49,7 @@ def max_pool(
     dilation: int | Sequence[int] = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """Max pooling of the codes themselves: the result has the encoding of the input (ONNX MaxPool on integers).
+    """Max pooling of the codes themselves (MaxPool on integers): the encoding is kept.
 
     Args:
         codes: Integer, shape (N, C, *spatial), 1 to 3 spatial dimensions.
@@ -65,8 +67,8 @@ def max_pool(
     strides = kernels if stride is None else _each(stride, dims, "stride")
     begins, ends = _sides(padding, dims)
     counts = [
-        pooled_size(n, *rest, ceil_mode)
-        for n, *rest in zip(codes.shape[2:], kernels, strides, begins, ends, dilations, strict=True)
+        pooled_size(n, k, s, b, e, d, ceil_mode)
+        for n, k, s, b, e, d in zip(codes.shape[2:], kernels, strides, begins, ends, dilations, strict=True)
     ]
     after = [
         max((c - 1) * s + d * (k - 1) + 1 - n - b, 0)
@@ -92,8 +94,10 @@ def avg_pool(
 ) -> Tensor:
     """Average pooling (QLinearAveragePool): dequantize, add in window order in float32, divide, requantize.
 
-    The runtime adds the zero point before it rounds, and with `count_include_pad` it always divides by the size of the
-    kernel, also where `ceil_mode` lets a window extend beyond the padding (there PyTorch divides by less).
+    The runtime adds the zero point before it rounds. With `count_include_pad` its 8-bit kernel always divides
+    by the size of the kernel, also where `ceil_mode` lets a window extend beyond the padding; PyTorch, and
+    the runtime's float operator that serves 16 bits, divide by what the padded input covers. Without padding,
+    export `count_include_pad=0`.
 
     Args:
         codes: Integer, shape (N, C, *spatial), 1 to 3 spatial dimensions.
@@ -118,7 +122,8 @@ def avg_pool(
         for n, k, s, b, e in zip(sizes, kernels, strides, begins, ends, strict=True)
     ]
     after = [
-        max((c - 1) * s + k - n - b, 0) for c, s, k, n, b in zip(counts, strides, kernels, sizes, begins, strict=True)
+        max((c - 1) * s + k - n - b, 0)
+        for c, s, k, n, b in zip(counts, strides, kernels, sizes, begins, strict=True)
     ]
     real = pad_spatial(dequantize(codes, x), [*begins, *after])
     # the order of the additions is the runtime's: the last dimension runs fastest
@@ -126,27 +131,37 @@ def avg_pool(
     for tap in itertools.product(*(range(k) for k in kernels)):
         window = tuple(slice(t, t + (c - 1) * s + 1, s) for t, c, s in zip(tap, counts, strides, strict=True))
         total = total + real[(slice(None), slice(None), *window)]
-    mean = total / _divisor(sizes, kernels, strides, begins, counts, count_include_pad).to(codes.device)
     if x.wide or y.wide:
+        limits = [n + e for n, e in zip(sizes, ends, strict=True)] if count_include_pad else sizes
+        firsts = [-b for b in begins] if count_include_pad else [0] * dims
+        mean = total / _elements(firsts, limits, kernels, strides, begins, counts).to(codes.device)
         return quantize(mean, y)
+    if count_include_pad:
+        mean = total / float32_scalar(float(math.prod(kernels)), codes)
+    else:
+        mean = total / _elements([0] * dims, sizes, kernels, strides, begins, counts).to(codes.device)
     steps = mean / float32_scalar(y.scale, codes) + float32_scalar(y.zero_point, codes)
     return torch.clamp(steps.round(), y.qmin, y.qmax).to(torch.int32)
 
 
-def _divisor(
-    sizes: list[int], kernels: list[int], strides: list[int], begins: list[int], counts: list[int], include: bool
+def _elements(
+    firsts: list[int],
+    limits: list[int],
+    kernels: list[int],
+    strides: list[int],
+    begins: list[int],
+    counts: list[int],
 ) -> Tensor:
-    if include:
-        return torch.tensor(float(math.prod(kernels)))
-    valid = torch.ones([], dtype=torch.int64)
-    for n, k, s, b, c in zip(sizes, kernels, strides, begins, counts, strict=True):
+    """How many positions of `firsts` to `limits` each window covers, float32 of shape `counts`."""
+    covered = torch.ones([], dtype=torch.int64)
+    for first, limit, k, s, b, c in zip(firsts, limits, kernels, strides, begins, counts, strict=True):
         start = torch.arange(c) * s - b
-        valid = valid[..., None] * (torch.clamp(start + k, max=n) - torch.clamp(start, min=0))
-    return valid.to(torch.float32)
+        covered = covered[..., None] * (torch.clamp(start + k, max=limit) - torch.clamp(start, min=first))
+    return covered.to(torch.float32)
 
 
 def reduce_mean(codes: Tensor, x: QParams, y: QParams, axes: Sequence[int], keepdims: bool = False) -> Tensor:
-    """Mean over axes from the exact integer sum, as QLinearGlobalAveragePool: multiplier `x.scale / (y.scale * count)`.
+    """Mean over axes, as QLinearGlobalAveragePool: the exact sum by `x.scale / (y.scale * count)`.
 
     A ReduceMean node would be computed in float by the runtime; the exporter writes Transpose, Reshape,
     GlobalAveragePool, Reshape instead.
@@ -166,10 +181,12 @@ def reduce_mean(codes: Tensor, x: QParams, y: QParams, axes: Sequence[int], keep
     acc = (codes.to(torch.int64) - x.zero_point).sum(reduced, keepdim=keepdims)
     if x.wide or y.wide:
         return quantize((acc.double() * x.scale / count).to(torch.float32), y)
-    factor = float32_scalar(x.scale, codes) / (float32_scalar(y.scale, codes) * float32_scalar(float(count), codes))
+    factor = float32_scalar(x.scale, codes) / (
+        float32_scalar(y.scale, codes) * float32_scalar(float(count), codes)
+    )
     return requantize(acc, factor, y)
 
 
 def global_avg_pool(codes: Tensor, x: QParams, y: QParams) -> Tensor:
-    """Global average pooling (QLinearGlobalAveragePool): shape (N, C, *spatial) to (N, C, 1, ...), int32 codes."""
+    """Global average pooling (QLinearGlobalAveragePool): (N, C, *spatial) to (N, C, 1, ...), int32."""
     return reduce_mean(codes, x, y, range(2, codes.dim()), keepdims=True)

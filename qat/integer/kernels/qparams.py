@@ -21,7 +21,7 @@ def round_to_float32(value: float) -> float:
 
 
 def float32_scalar(value: float, like: Tensor) -> Tensor:
-    """`value` as a float32 tensor of shape () on the device of `like`, so that no operation runs in double."""
+    """`value` as float32 of shape () on the device of `like`, so that no operation runs in double."""
     return torch.tensor(value, dtype=torch.float32, device=like.device)
 
 
@@ -29,11 +29,12 @@ def float32_scalar(value: float, like: Tensor) -> Tensor:
 class QParams:
     """Per-tensor quantization parameters: `real = scale * (code - zero_point)`, `qmin <= code <= qmax`.
 
-    The range may be narrower than the one of the dtype that stores the codes. The scale is rounded to float32 on
-    construction, since every runtime stores it so.
+    The range may be narrower than the one of the dtype that stores the codes. The scale is rounded to float32
+    on construction, since every runtime stores it so.
 
     Raises:
-        EncodingError: A scale that is not positive and finite, an empty range, or a zero point outside the range.
+        EncodingError: A scale that is not positive and finite, an empty range, or a zero point outside the
+            range.
     """
 
     scale: float
@@ -44,10 +45,13 @@ class QParams:
     def __post_init__(self) -> None:
         scale = round_to_float32(self.scale)
         if not (math.isfinite(scale) and scale > 0):
-            raise EncodingError(f"scale {self.scale} is not positive and finite in float32", "calibrate the tensor again")
+            raise EncodingError(
+                f"scale {self.scale} is not positive and finite in float32", "calibrate the tensor again"
+            )
         if not self.qmin <= self.zero_point <= self.qmax:
             raise EncodingError(
-                f"zero point {self.zero_point} outside [{self.qmin}, {self.qmax}]", "choose one inside, so that 0 is exact"
+                f"zero point {self.zero_point} outside [{self.qmin}, {self.qmax}]",
+                "choose one inside, so that 0 is exact",
             )
         object.__setattr__(self, "scale", scale)
 

@@ -1,7 +1,7 @@
 """Quantize, dequantize and requantize as ONNX Runtime's CPU provider does, in float32 and half to even.
 
-Sources: ONNX operator specification, QuantizeLinear, DequantizeLinear and QLinearConv; the arithmetic was found by
-reading ONNX Runtime's `mlas` and is proven by the tests, which compare every code with it.
+Sources: ONNX operator specification, QuantizeLinear, DequantizeLinear and QLinearConv; the arithmetic was
+found by reading ONNX Runtime's `mlas` and is proven by the tests, which compare every code with it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def quantize(x: Tensor, q: QParams) -> Tensor:
     """QuantizeLinear: `clamp(rint(x / scale) + zero_point)`, the division in float32, ties to even.
 
     Args:
-        x: Real values, any shape. Infinities saturate; nan becomes `qmin` (what the x86 kernel gives; ONNX leaves it
-            undefined).
+        x: Real values, any shape. Infinities saturate; nan becomes `qmin` (what the x86 kernel gives; ONNX
+            leaves it undefined).
         q: Parameters of the result.
 
     Returns:
@@ -25,7 +25,9 @@ def quantize(x: Tensor, q: QParams) -> Tensor:
     """
     steps = x.to(torch.float32) / float32_scalar(q.scale, x)
     steps = torch.nan_to_num(steps, nan=float(q.qmin - q.zero_point), posinf=torch.inf, neginf=-torch.inf)
-    return (torch.clamp(steps, q.qmin - q.zero_point, q.qmax - q.zero_point).round() + q.zero_point).to(torch.int32)
+    return (torch.clamp(steps, q.qmin - q.zero_point, q.qmax - q.zero_point).round() + q.zero_point).to(
+        torch.int32
+    )
 
 
 def dequantize(codes: Tensor, q: QParams) -> Tensor:
@@ -34,7 +36,7 @@ def dequantize(codes: Tensor, q: QParams) -> Tensor:
 
 
 def multiplier(a_scale: float | Tensor, b_scale: float | Tensor, y_scale: float) -> Tensor:
-    """The float32 requantization multiplier `(a_scale * b_scale) / y_scale`, each operation rounded to float32.
+    """The requantization multiplier `(a_scale * b_scale) / y_scale`, each operation in float32.
 
     Args:
         a_scale: Scale of the left operand.
@@ -46,14 +48,19 @@ def multiplier(a_scale: float | Tensor, b_scale: float | Tensor, y_scale: float)
     """
     a = torch.as_tensor(a_scale, dtype=torch.float32)
     b = torch.as_tensor(b_scale, dtype=torch.float32)
-    return (a.to(b.device) if b.dim() else a) * b / torch.as_tensor(y_scale, dtype=torch.float32, device=b.device)
+    return (
+        (a.to(b.device) if b.dim() else a)
+        * b
+        / torch.as_tensor(y_scale, dtype=torch.float32, device=b.device)
+    )
 
 
 def requantize(acc: Tensor, scale: Tensor, q: QParams, channel_axis: int | None = None) -> Tensor:
     """Accumulator to codes: `clamp(rint(float32(acc) * scale) + zero_point)`.
 
-    ONNX Runtime clamps before it rounds; the bounds are integers, so the order is of no consequence. `float32(acc)`
-    rounds to nearest even above 2**24, as the runtime's conversion does. Multipliers of 1 and above are fine.
+    ONNX Runtime clamps before it rounds; the bounds are integers, so the order is of no consequence.
+    `float32(acc)` rounds to nearest even above 2**24, as the runtime's conversion does. Multipliers of 1 and
+    above are fine.
 
     Args:
         acc: Integer accumulators, any shape.
@@ -72,11 +79,13 @@ def requantize(acc: Tensor, scale: Tensor, q: QParams, channel_axis: int | None 
     return (steps.round() + q.zero_point).to(torch.int32)
 
 
-def requantize_wide(acc: Tensor, a_scale: float, b_scale: float | Tensor, q: QParams, channel_axis: int) -> Tensor:
+def requantize_wide(
+    acc: Tensor, a_scale: float, b_scale: float | Tensor, q: QParams, channel_axis: int
+) -> Tensor:
     """Accumulator to codes where ONNX Runtime computes in float (16-bit tensors, transposed convolution).
 
-    The accumulator is exact, so this is the result of `DequantizeLinear -> operator -> QuantizeLinear` with the operator
-    computed without error: its real value is rounded once to float32 and then quantized.
+    The accumulator is exact, so this is the result of `DequantizeLinear -> operator -> QuantizeLinear` with
+    the operator computed without error: its real value is rounded once to float32 and then quantized.
 
     Args:
         acc: Integer accumulators, any shape.
@@ -96,7 +105,7 @@ def requantize_wide(acc: Tensor, a_scale: float, b_scale: float | Tensor, q: QPa
 
 
 def requantize_codes(codes: Tensor, a: QParams, q: QParams) -> Tensor:
-    """`QuantizeLinear(DequantizeLinear(codes))`: from one encoding to another; the codes themselves if both are equal."""
+    """`QuantizeLinear(DequantizeLinear(codes))` from one encoding to another; a copy if they are equal."""
     if a == q:
         return codes.to(torch.int32)
     return quantize(dequantize(codes, a), q)

@@ -14,7 +14,9 @@ from qat.integer.kernels.requantize import dequantize, quantize
 
 def _scales(sizes: Sequence[int], inputs: Sequence[int], scales: Sequence[float] | None) -> list[Tensor]:
     if len(sizes) != len(inputs):
-        raise PlanError(f"{len(sizes)} output sizes for {len(inputs)} spatial dimensions", "give one a dimension")
+        raise PlanError(
+            f"{len(sizes)} output sizes for {len(inputs)} spatial dimensions", "give one a dimension"
+        )
     if scales is not None:
         return [torch.tensor(s, dtype=torch.float32) for s in scales]
     return [
@@ -24,11 +26,12 @@ def _scales(sizes: Sequence[int], inputs: Sequence[int], scales: Sequence[float]
 
 
 def resize_nearest(codes: Tensor, sizes: Sequence[int], scales: Sequence[float] | None = None) -> Tensor:
-    """Nearest neighbour (Resize with `asymmetric` coordinates and `floor`), on the codes; PyTorch's `nearest`.
+    """Nearest neighbour on the codes: Resize with `asymmetric` coordinates and `floor`.
 
     Args:
         codes: Integer, shape (N, C, *spatial).
-        sizes: Output size of each spatial dimension.
+        sizes: Output size of each spatial dimension. PyTorch's `nearest` multiplies by the inverse scale and
+            differs where the position is an integer up to rounding.
         scales: The scales if the node carries scales; else output size over input size.
 
     Returns:
@@ -41,12 +44,12 @@ def resize_nearest(codes: Tensor, sizes: Sequence[int], scales: Sequence[float] 
     return y
 
 
-def _taps(size: int, scale: Tensor, length: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _taps(
+    size: int, scale: Tensor, length: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     position = torch.arange(size, dtype=torch.float32)
-    if align_corners:
-        source = position * (length - 1) / max(size - 1, 1)
-    else:
-        source = (position + 0.5) / scale - 0.5
+    corners = position * (length - 1) / max(size - 1, 1)
+    source = corners if align_corners else (position + 0.5) / scale - 0.5
     source = source.clamp(0.0, float(length - 1))
     low = source.to(torch.int64).clamp(max=length - 1)
     high = (low + 1).clamp(max=length - 1)
@@ -80,11 +83,17 @@ def resize_bilinear(
         PlanError: Another number of dimensions.
     """
     if codes.dim() != 4:
-        raise PlanError(f"bilinear interpolation of {codes.dim()} dimensions", "it is defined for (N, C, H, W)")
+        raise PlanError(
+            f"bilinear interpolation of {codes.dim()} dimensions", "it is defined for (N, C, H, W)"
+        )
     real = dequantize(codes, x)
     scale_h, scale_w = _scales(sizes, codes.shape[2:], scales)
-    top, bottom, dy1, dy2 = (t.to(codes.device) for t in _taps(sizes[0], scale_h, codes.shape[2], align_corners))
-    left, right, dx1, dx2 = (t.to(codes.device) for t in _taps(sizes[1], scale_w, codes.shape[3], align_corners))
+    top, bottom, dy1, dy2 = (
+        t.to(codes.device) for t in _taps(sizes[0], scale_h, codes.shape[2], align_corners)
+    )
+    left, right, dx1, dx2 = (
+        t.to(codes.device) for t in _taps(sizes[1], scale_w, codes.shape[3], align_corners)
+    )
     above, below = real.index_select(2, top), real.index_select(2, bottom)
     y1, y2 = dy1[:, None], dy2[:, None]
     total = (dx2 * y2) * above.index_select(3, left)

@@ -1,12 +1,14 @@
 """Unary functions as lookup tables over the codes, and PReLU.
 
-A function of one quantized tensor has at most 65536 results, so it is evaluated once for every code: dequantize, the
-function in float32, quantize. That is what ONNX Runtime does, either literally (QLinearSigmoid and QLinearLeakyRelu build
-this very table) or element by element (DequantizeLinear, the float operator, QuantizeLinear).
+A function of one quantized tensor has at most 65536 results, so it is evaluated once for every code:
+dequantize, the function in float32, quantize. That is what ONNX Runtime does, either literally
+(QLinearSigmoid and QLinearLeakyRelu build this very table) or element by element (DequantizeLinear, the float
+operator, QuantizeLinear).
 
-Functions made of additions and multiplications follow the runtime's order of float32 operations and are exact. The
-transcendental ones are evaluated in float64 and rounded to float32; the runtime's polynomials are off by some units in the
-last place, which can move a code only if the value lies that close to a rounding boundary.
+Functions made of additions and multiplications follow the runtime's order of float32 operations and are
+exact. The transcendental ones are evaluated in float64 and rounded to float32; the runtime's polynomials are
+off by some units in the last place, which can move a code only if the value lies that close to a rounding
+boundary.
 """
 
 from __future__ import annotations
@@ -151,8 +153,8 @@ def real_function(name: str, *arguments: float) -> RealFunction:
     """The real function of a name, with its parameters.
 
     Args:
-        name: A key of `FUNCTIONS`, or `leaky_relu` (slope, 0.01), `elu` (alpha, 1), `clip` or `hardtanh` (low, high;
-            -1 and 1).
+        name: A key of `FUNCTIONS`, or `leaky_relu` (slope, 0.01), `elu` (alpha, 1), `clip` or `hardtanh`
+            (low, high; -1 and 1).
         *arguments: The parameters; defaults as PyTorch's.
 
     Raises:
