@@ -39,7 +39,8 @@ def _find_data() -> Path | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Keep every process to one thread where several share the cores."""
+    """Refuse a wrong QAT_DATA at once, and keep every process to one thread where several share the cores."""
+    _find_data()
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
 
