@@ -55,7 +55,9 @@ FORBIDDEN = {
 LIBRARIES = {"torch.fx": "graph", "onnx": "export", "onnxruntime": "export", "typer": "cli"}
 DOORS = {"torchvision": "torchvision"}
 
-PICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+#: pickle's errors may be named: torch.load(weights_only=True) raises them for a malicious file
+PICKLE_ERRORS = {"pickle.PickleError", "pickle.PicklingError", "pickle.UnpicklingError"}
+PICKLING = {"cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_YAML = {f"yaml.{how}{what}" for how in ("", "full_", "unsafe_") for what in ("load", "load_all")}
 
 
@@ -158,8 +160,8 @@ def _aliases(tree: ast.AST) -> dict[str, str]:
     return names
 
 
-def _called(function: ast.expr, aliases: dict[str, str]) -> str:
-    """Full name of what is called; empty where that is not a plain dotted name."""
+def _dotted(function: ast.expr, aliases: dict[str, str]) -> str:
+    """Full name of an expression; empty where that is not a plain dotted name."""
     parts = []
     while isinstance(function, ast.Attribute):
         parts.append(function.attr)
@@ -180,11 +182,18 @@ def unsafe_calls(module: str, source: str) -> list[str]:
             imported = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             imported = [node.module or ""]
-        bad = [name for name in imported if name.split(".")[0] in PICKLING]
-        found += [f"{module}:{node.lineno} imports {name}" for name in bad]
+            imported += [f"pickle.{a.name}" for a in node.names if node.module == "pickle"]
+        elif isinstance(node, ast.Attribute):
+            name = _dotted(node, aliases)
+            if name.startswith("pickle.") and name not in PICKLE_ERRORS:
+                found.append(f"{module}:{node.lineno} uses {name}")
+        for name in imported:
+            pickling = name.startswith("pickle.") and name not in PICKLE_ERRORS
+            if pickling or name.split(".")[0] in PICKLING:
+                found.append(f"{module}:{node.lineno} imports {name}")
         if not isinstance(node, ast.Call):
             continue
-        called = _called(node.func, aliases)
+        called = _dotted(node.func, aliases)
         keywords = {k.arg: k.value.value for k in node.keywords if isinstance(k.value, ast.Constant)}
         if called in ("eval", "builtins.eval"):
             found.append(f"{module}:{node.lineno} calls eval")
@@ -273,7 +282,10 @@ def test_cycles_are_found_only_where_importing_would_hit_them() -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "import pickle",
+        "import pickle\npickle.loads(data)",
+        "import pickle as p\nclass C(p.Unpickler): pass",
+        "from pickle import load",
+        "import dill",
         "from joblib import load",
         "eval('1')",
         "import yaml\nyaml.load(text, Loader=Loader)",
@@ -292,6 +304,8 @@ def test_an_unsafe_call_is_found(source: str) -> None:
     "source",
     [
         "model.eval()",
+        "import pickle\ntry: f()\nexcept pickle.UnpicklingError: pass",
+        "from pickle import UnpicklingError",
         "import yaml\nyaml.safe_load(text)",
         "import torch\ntorch.load(path, weights_only=True)",
         "import numpy as np\nnp.load(path)",
