@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qat.encoding import Encoding
 from qat.integer.kernels.accumulate import conv_accumulate, matmul_accumulate
 from qat.integer.kernels.qparams import QParams
 from qat.integer.kernels.requantize import multiplier, requantize, requantize_wide
@@ -147,6 +148,35 @@ def linear(
     """
     acc = matmul_accumulate(x_codes, x.zero_point, w_codes.t(), 0)
     return _finish(acc, bias_codes, x, w_scale, y, -1, x.wide or y.wide)
+
+
+def linear_per_group(x_codes: Tensor, x: QParams, w_codes: Tensor, encoding: Encoding) -> Tensor:
+    """Fully connected layer with one weight scale for each group of input features, without bias.
+
+    ONNX Runtime computes this in float from blocked DequantizeLinear. Here the sums within a group are exact
+    integers and their combination is rounded once.
+
+    Args:
+        x_codes: Integer, shape (*, K).
+        x: Parameters of the input.
+        w_codes: Integer, shape (N, K).
+        encoding: Per-group encoding of the weight along axis 1.
+
+    Returns:
+        Real values, float32, shape (*, N).
+    """
+    depth = w_codes.shape[1]
+    size = encoding.granularity.size or depth
+    count = -(-depth // size)
+    scale = encoding.scale_tensor.to(x_codes.device).reshape(-1, count)
+    zero = encoding.zero_point_tensor.to(x_codes.device).reshape(-1, count)
+    pad = (0, count * size - depth)
+    left = torch.nn.functional.pad((x_codes.to(torch.int32) - x.zero_point).reshape(-1, depth), pad)
+    centred = w_codes.to(torch.int32) - zero.repeat_interleave(size, 1)[:, :depth]
+    right = torch.nn.functional.pad(centred, pad).reshape(-1, count, size)
+    sums = matmul_accumulate(left.reshape(-1, count, size).transpose(0, 1), 0, right.permute(1, 2, 0), 0)
+    real = (sums.double() * scale.t()[:, None, :].double()).sum(0) * x.scale
+    return real.to(torch.float32).reshape(*x_codes.shape[:-1], -1)
 
 
 def matmul(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> Tensor:

@@ -94,10 +94,9 @@ def avg_pool(
 ) -> Tensor:
     """Average pooling (QLinearAveragePool): dequantize, add in window order in float32, divide, requantize.
 
-    The runtime adds the zero point before it rounds. With `count_include_pad` its 8-bit kernel always divides
-    by the size of the kernel, also where `ceil_mode` lets a window extend beyond the padding; PyTorch, and
-    the runtime's float operator that serves 16 bits, divide by what the padded input covers. Without padding,
-    export `count_include_pad=0`.
+    The runtime adds the zero point before it rounds. The divisor is PyTorch's. The runtime's 8-bit kernel
+    would always divide by the size of the kernel where padding counts, also where `ceil_mode` lets a window
+    extend beyond the padding: such a pooling has to be exported with the padding as an operator of its own.
 
     Args:
         codes: Integer, shape (N, C, *spatial), 1 to 3 spatial dimensions.
@@ -131,15 +130,12 @@ def avg_pool(
     for tap in itertools.product(*(range(k) for k in kernels)):
         window = tuple(slice(t, t + (c - 1) * s + 1, s) for t, c, s in zip(tap, counts, strides, strict=True))
         total = total + real[(slice(None), slice(None), *window)]
+    # what a window covers, of the padded or of the bare input
+    limits = [n + e for n, e in zip(sizes, ends, strict=True)] if count_include_pad else sizes
+    firsts = [-b for b in begins] if count_include_pad else [0] * dims
+    mean = total / _elements(firsts, limits, kernels, strides, begins, counts).to(codes.device)
     if x.wide or y.wide:
-        limits = [n + e for n, e in zip(sizes, ends, strict=True)] if count_include_pad else sizes
-        firsts = [-b for b in begins] if count_include_pad else [0] * dims
-        mean = total / _elements(firsts, limits, kernels, strides, begins, counts).to(codes.device)
         return quantize(mean, y)
-    if count_include_pad:
-        mean = total / float32_scalar(float(math.prod(kernels)), codes)
-    else:
-        mean = total / _elements([0] * dims, sizes, kernels, strides, begins, counts).to(codes.device)
     steps = mean / float32_scalar(y.scale, codes) + float32_scalar(y.zero_point, codes)
     return torch.clamp(steps.round(), y.qmin, y.qmax).to(torch.int32)
 

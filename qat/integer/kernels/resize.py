@@ -11,45 +11,58 @@ from qat.errors import PlanError
 from qat.integer.kernels.qparams import QParams
 from qat.integer.kernels.requantize import dequantize, quantize
 
+#: Scale of each dimension where the operator was given scales, None for output size over input size.
+Scales = Sequence[float | None] | None
 
-def _scales(sizes: Sequence[int], inputs: Sequence[int], scales: Sequence[float] | None) -> list[Tensor]:
-    if len(sizes) != len(inputs):
+
+def _checked(
+    sizes: Sequence[int], inputs: Sequence[int], scales: Scales
+) -> list[tuple[int, int, float | None]]:
+    given = [None] * len(sizes) if scales is None else list(scales)
+    if not len(sizes) == len(inputs) == len(given):
         raise PlanError(
-            f"{len(sizes)} output sizes for {len(inputs)} spatial dimensions", "give one a dimension"
+            f"{len(sizes)} output sizes and {len(given)} scales for {len(inputs)} spatial dimensions",
+            "give one a dimension",
         )
-    if scales is not None:
-        return [torch.tensor(s, dtype=torch.float32) for s in scales]
-    return [
-        torch.tensor(float(o), dtype=torch.float32) / torch.tensor(float(i), dtype=torch.float32)
-        for o, i in zip(sizes, inputs, strict=True)
-    ]
+    return list(zip(sizes, inputs, given, strict=True))
 
 
-def resize_nearest(codes: Tensor, sizes: Sequence[int], scales: Sequence[float] | None = None) -> Tensor:
-    """Nearest neighbour on the codes: Resize with `asymmetric` coordinates and `floor`.
+def _ratio(numerator: int, denominator: int) -> Tensor:
+    return torch.tensor(numerator, dtype=torch.float32) / torch.tensor(denominator, dtype=torch.float32)
+
+
+def resize_nearest(codes: Tensor, sizes: Sequence[int], scales: Scales = None) -> Tensor:
+    """Nearest neighbour on the codes, with the source positions of PyTorch's `nearest`.
+
+    ONNX's Resize with `asymmetric` coordinates and `floor` divides by the scale where PyTorch multiplies by
+    its inverse: the two differ for some sizes, which are to be exported as Gather.
 
     Args:
         codes: Integer, shape (N, C, *spatial).
-        sizes: Output size of each spatial dimension. PyTorch's `nearest` multiplies by the inverse scale and
-            differs where the position is an integer up to rounding.
-        scales: The scales if the node carries scales; else output size over input size.
+        sizes: Output size of each spatial dimension.
+        scales: Scale of each dimension, or None; see `Scales`.
 
     Returns:
         int32 codes, shape (N, C, *sizes), same encoding.
+
+    Raises:
+        PlanError: Another number of sizes or scales.
     """
     y = codes.to(torch.int32)
-    for d, (size, scale) in enumerate(zip(sizes, _scales(sizes, codes.shape[2:], scales), strict=True)):
-        source = torch.floor(torch.arange(size, dtype=torch.float32) / scale).to(torch.int64)
-        y = y.index_select(2 + d, source.clamp(max=codes.shape[2 + d] - 1).to(codes.device))
+    for d, (size, length, scale) in enumerate(_checked(sizes, codes.shape[2:], scales)):
+        step = _ratio(length, size) if scale is None else torch.tensor(1.0 / scale, dtype=torch.float32)
+        source = torch.floor(torch.arange(size, dtype=torch.float32) * step).to(torch.int64)
+        y = y.index_select(2 + d, source.clamp(max=length - 1).to(codes.device))
     return y
 
 
 def _taps(
-    size: int, scale: Tensor, length: int, align_corners: bool
+    size: int, scale: float | None, length: int, align_corners: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     position = torch.arange(size, dtype=torch.float32)
     corners = position * (length - 1) / max(size - 1, 1)
-    source = corners if align_corners else (position + 0.5) / scale - 0.5
+    factor = _ratio(size, length) if scale is None else torch.tensor(scale, dtype=torch.float32)
+    source = corners if align_corners else (position + 0.5) / factor - 0.5
     source = source.clamp(0.0, float(length - 1))
     low = source.to(torch.int64).clamp(max=length - 1)
     high = (low + 1).clamp(max=length - 1)
@@ -64,7 +77,7 @@ def resize_bilinear(
     y: QParams,
     sizes: Sequence[int],
     align_corners: bool = False,
-    scales: Sequence[float] | None = None,
+    scales: Scales = None,
 ) -> Tensor:
     """Bilinear interpolation: DequantizeLinear, Resize (`linear`) in float32, QuantizeLinear.
 
@@ -74,7 +87,7 @@ def resize_bilinear(
         y: Parameters of the result.
         sizes: Output height and width.
         align_corners: `align_corners` coordinates; else `half_pixel`.
-        scales: The scales if the node carries scales; else output size over input size.
+        scales: Scale of each dimension, or None; see `Scales`.
 
     Returns:
         int32 codes, shape (N, C, *sizes).
@@ -87,13 +100,11 @@ def resize_bilinear(
             f"bilinear interpolation of {codes.dim()} dimensions", "it is defined for (N, C, H, W)"
         )
     real = dequantize(codes, x)
-    scale_h, scale_w = _scales(sizes, codes.shape[2:], scales)
-    top, bottom, dy1, dy2 = (
-        t.to(codes.device) for t in _taps(sizes[0], scale_h, codes.shape[2], align_corners)
-    )
-    left, right, dx1, dx2 = (
-        t.to(codes.device) for t in _taps(sizes[1], scale_w, codes.shape[3], align_corners)
-    )
+    (height, in_height, scale_h), (width, in_width, scale_w) = _checked(sizes, codes.shape[2:], scales)
+    rows = _taps(height, scale_h, in_height, align_corners)
+    columns = _taps(width, scale_w, in_width, align_corners)
+    top, bottom, dy1, dy2 = (t.to(codes.device) for t in rows)
+    left, right, dx1, dx2 = (t.to(codes.device) for t in columns)
     above, below = real.index_select(2, top), real.index_select(2, bottom)
     y1, y2 = dy1[:, None], dy2[:, None]
     total = (dx2 * y2) * above.index_select(3, left)

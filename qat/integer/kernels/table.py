@@ -16,12 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qat.errors import PlanError
-from qat.integer.kernels.qparams import QParams, float32_scalar
+from qat.integer.kernels.qparams import QParams, float32_scalar, round_to_float32
 from qat.integer.kernels.requantize import dequantize, quantize
 
 #: A real function, float32 to float32 of the same shape.
@@ -59,9 +60,9 @@ def clip(low: float, high: float) -> RealFunction:
     return lambda x: x.clamp(low, high)
 
 
-def leaky_relu(slope: float) -> RealFunction:
-    """`x` where it is not negative, `slope * x` elsewhere."""
-    return lambda x: torch.where(x >= 0, x, float32_scalar(slope, x) * x)
+def leaky_relu(negative_slope: float) -> RealFunction:
+    """`x` where it is not negative, `negative_slope * x` elsewhere."""
+    return lambda x: torch.where(x >= 0, x, float32_scalar(negative_slope, x) * x)
 
 
 def hard_sigmoid(x: Tensor) -> Tensor:
@@ -119,12 +120,25 @@ def mish(x: Tensor) -> Tensor:
     return x * tanh(softplus(x))
 
 
-def sqrt(x: Tensor) -> Tensor:
-    """Square root; nan, hence the smallest code, below zero."""
-    return torch.sqrt(x)
+def power(exponent: float) -> RealFunction:
+    """`x ** exponent`."""
+    return _in_double(lambda x: torch.pow(x, exponent))
 
 
-#: Functions without parameters, by the name of the PyTorch function.
+def softplus_with(beta: float, threshold: float) -> RealFunction:
+    """`log(1 + exp(beta * x)) / beta`, and `x` itself where `beta * x` exceeds the threshold."""
+    if beta == 1.0 and threshold >= 20.0:
+        return softplus  # the linear tail differs by less than 2**-28
+    factor = round_to_float32(beta)
+
+    def compute(x: Tensor) -> Tensor:
+        scaled = x * float32_scalar(factor, x)
+        return torch.where(scaled > threshold, x, softplus(scaled) / float32_scalar(factor, x))
+
+    return compute
+
+
+#: Functions without parameters.
 FUNCTIONS: Mapping[str, RealFunction] = MappingProxyType(
     {
         "relu": relu,
@@ -134,47 +148,57 @@ FUNCTIONS: Mapping[str, RealFunction] = MappingProxyType(
         "sigmoid": sigmoid,
         "silu": silu,
         "tanh": tanh,
-        "gelu": gelu,
-        "gelu_tanh": gelu_tanh,
-        "softplus": softplus,
         "mish": mish,
         "exp": _in_double(torch.exp),
         "log": _in_double(torch.log),
-        "sqrt": sqrt,
+        "sqrt": torch.sqrt,
+        "rsqrt": lambda x: torch.reciprocal(torch.sqrt(x)),
         "abs": torch.abs,
         "neg": torch.neg,
         "reciprocal": torch.reciprocal,
         "erf": _in_double(torch.erf),
+        "sin": _in_double(torch.sin),
+        "cos": _in_double(torch.cos),
+    }
+)
+
+#: Functions with parameters: what makes them, and PyTorch's defaults.
+_PARAMETRIC: Mapping[str, tuple[Callable[..., RealFunction], Mapping[str, float | str]]] = MappingProxyType(
+    {
+        "leaky_relu": (leaky_relu, {"negative_slope": 0.01}),
+        "elu": (elu, {"alpha": 1.0}),
+        "softplus": (
+            softplus_with,
+            {"beta": 1.0, "threshold": 20.0},
+        ),
+        "gelu": (lambda approximate: gelu_tanh if approximate == "tanh" else gelu, {"approximate": "none"}),
+        "pow": (power, {"exponent": 1.0}),
+        "clamp": (clip, {"low": -math.inf, "high": math.inf}),
     }
 )
 
 
-def real_function(name: str, *arguments: float) -> RealFunction:
+def function_of(name: str, params: Mapping[str, Any] | None = None) -> RealFunction:
     """The real function of a name, with its parameters.
 
     Args:
-        name: A key of `FUNCTIONS`, or `leaky_relu` (slope, 0.01), `elu` (alpha, 1), `clip` or `hardtanh`
-            (low, high; -1 and 1).
-        *arguments: The parameters; defaults as PyTorch's.
+        name: A key of `FUNCTIONS`, or `leaky_relu` (negative_slope), `elu` (alpha), `softplus` (beta,
+            threshold), `gelu` (approximate: none or tanh), `pow` (exponent), `clamp` (low, high).
+        params: The parameters; PyTorch's defaults where absent.
 
     Raises:
-        PlanError: A name or a number of parameters that does not exist.
+        PlanError: A name or a parameter that does not exist.
     """
-    parametric: dict[str, tuple[Callable[..., RealFunction], tuple[float, ...]]] = {
-        "leaky_relu": (leaky_relu, (0.01,)),
-        "elu": (elu, (1.0,)),
-        "clip": (clip, (-math.inf, math.inf)),
-        "hardtanh": (clip, (-1.0, 1.0)),
-    }
-    if name in parametric:
-        make, defaults = parametric[name]
-        if len(arguments) <= len(defaults):
-            return make(*arguments, *defaults[len(arguments) :])
-    elif name in FUNCTIONS and not arguments:
+    given = dict(params or {})
+    if name in _PARAMETRIC:
+        make, defaults = _PARAMETRIC[name]
+        if given.keys() <= defaults.keys():
+            return make(**{**defaults, **given})
+    elif name in FUNCTIONS and not given:
         return FUNCTIONS[name]
     raise PlanError(
-        f"no unary function {name} with {len(arguments)} parameters",
-        f"use one of {', '.join(sorted([*FUNCTIONS, *parametric]))}",
+        f"no unary function {name!r} with parameters {sorted(given)}",
+        f"use one of {', '.join(sorted([*FUNCTIONS, *_PARAMETRIC]))}",
     )
 
 
