@@ -80,3 +80,7 @@ class VerificationError(CheckFailedError):
 
 class ExpectationError(CheckFailedError):
     """A recipe's contract (`expect`) that the run did not meet."""
+
+
+class TrainError(CheckFailedError):
+    """A training run that went wrong, such as a loss that is not finite."""

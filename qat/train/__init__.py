@@ -1,0 +1,1 @@
+"""Training and evaluation: data sets, the plain training loop, checkpoints."""

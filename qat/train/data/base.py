@@ -1,0 +1,123 @@
+"""The one interface of all data: a `Split` gives batches of an epoch, `Data` has the splits of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qat.errors import DataError
+
+#: images (N, C, H, W) float32 and class numbers (N,) int64; the class number of an unlabelled image is -1
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Skipped:
+    """The files that were skipped because they could not be read, in the order of their first failure."""
+
+    files: dict[str, str] = field(default_factory=dict)
+
+    def add(self, file: str, cause: str) -> None:
+        """Note a file once."""
+        self.files.setdefault(file, cause)
+
+    def summary(self) -> str:
+        """Return one line, or "" where nothing was skipped."""
+        if not self.files:
+            return ""
+        names = list(self.files)
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        return f"skipped {len(names)} unreadable file{'s' * (len(names) > 1)}: {', '.join(names[:3])}{more}"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images that can be gone through again and again.
+
+    Attributes:
+        name: `train`, `calibration` or `test`.
+        n: Number of images.
+        batch_size: Images in a batch.
+        batches: Gives the batches of an epoch; the same epoch always gives the same batches.
+        labelled: Whether the class numbers mean something.
+        drop_last: Whether a last, smaller batch is left out.
+    """
+
+    name: str
+    n: int
+    batch_size: int
+    batches: Callable[[int], Iterator[Batch]]
+    labelled: bool = True
+    drop_last: bool = False
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches(0)
+
+    @property
+    def steps(self) -> int:
+        """Batches in an epoch."""
+        return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+
+    def images(self, count: int | None = None) -> Iterator[Tensor]:
+        """Give batches of images only, `count` images in all, or every image where there are fewer."""
+        left = self.n if count is None else count
+        for x, _ in self.batches(0):
+            if left <= 0:
+                return
+            yield x[:left]
+            left -= x.shape[0]
+
+    def sample(self, count: int = 1) -> Tensor:
+        """Return the first images, at most `count`.
+
+        Raises:
+            DataError: No image can be read.
+        """
+        parts = list(self.images(count))
+        if not parts:
+            raise DataError(f"the {self.name} split has no readable image", "give at least one")
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The splits of a data set.
+
+    Attributes:
+        train: Shuffled and augmented; None where there are no training images.
+        calibration: In a fixed random order, never augmented.
+        test: In order; None where there are no test images.
+        num_classes: Number of classes; 0 where nothing is labelled.
+        input_shape: (C, H, W) of one image.
+        skipped: Files that were skipped so far.
+    """
+
+    train: Split | None
+    calibration: Split
+    test: Split | None
+    num_classes: int
+    input_shape: tuple[int, int, int]
+    skipped: Skipped = field(default_factory=Skipped)
+
+
+def generator(seed: int, epoch: int, item: int = 0) -> torch.Generator:
+    """Return the random generator of one epoch (and image), so that any batch can be made again alone."""
+    mixed = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + item * 0x94D049BB133111EB) % (1 << 63)
+    return torch.Generator().manual_seed(mixed)
+
+
+def fixed_subset(n: int, limit: int | None, seed: int) -> Tensor:
+    """Return the sorted indices of at most `limit` of `n` images, drawn evenly by the seed."""
+    if limit is None or limit >= n:
+        return torch.arange(n)
+    return torch.randperm(n, generator=generator(seed, 0))[:limit].sort().values
+
+
+def index_batches(n: int, batch_size: int, order: Tensor, drop_last: bool) -> Iterator[Tensor]:
+    """Give the indices of each batch."""
+    stop = n - n % batch_size if drop_last else n
+    for start in range(0, stop, batch_size):
+        yield order[start : start + batch_size]

@@ -1,0 +1,28 @@
+"""Progress bars: shown on a terminal, silent everywhere else and on request."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Protocol, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Progress(Protocol[T_co]):
+    """What a loop needs of its progress bar."""
+
+    def __iter__(self) -> Iterator[T_co]: ...
+
+    def set_postfix_str(self, s: str = "", refresh: bool = True) -> None:
+        """Show some text behind the bar."""
+
+
+def progress(items: Iterable[T], *, description: str, total: int | None = None, quiet: bool = False) -> Progress[T]:
+    """Wrap an iterable in a progress bar on standard error, unless that is not a terminal or `quiet`."""
+    hidden = quiet or not sys.stderr.isatty()
+    bar: Progress[T] = tqdm(items, desc=description, total=total, disable=hidden, leave=False, dynamic_ncols=True)
+    return bar
