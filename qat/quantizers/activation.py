@@ -41,6 +41,7 @@ class FakeQuantize(Quantizer):
         fixed: Range `(low, high)` that the tensor has by its nature, such as (0, 1) after a softmax: it is
             never observed or tracked.
         momentum: Weight of a batch in the moving average.
+        tied: It serves several places.
 
     Raises:
         SchemeError: A per-group scheme, a per-channel one without `channels`, a momentum outside (0, 1], or
@@ -50,6 +51,8 @@ class FakeQuantize(Quantizer):
 
     samples: Tensor
     tracked: Tensor
+    step_min: Tensor
+    step_max: Tensor
 
     def __init__(
         self,
@@ -59,22 +62,24 @@ class FakeQuantize(Quantizer):
         *,
         fixed: tuple[float, float] | None = None,
         momentum: float = 0.01,
+        tied: bool = False,
     ) -> None:
         kind = scheme.granularity.kind
         if kind == "per_group":
-            raise SchemeError(
-                f"activation {name!r} cannot be quantized per group", "choose per_tensor or per_channel"
-            )
+            raise SchemeError(f"activation {name!r} cannot be quantized per group", "choose per_tensor or per_channel")
         if kind == "per_channel" and channels is None:
             raise SchemeError(f"activation {name!r} has no known number of channels", "choose per_tensor")
         if not 0.0 < momentum <= 1.0:
-            raise SchemeError(
-                f"momentum {momentum} for {name!r} is outside (0, 1]", "choose a small positive one"
-            )
+            raise SchemeError(f"momentum {momentum} for {name!r} is outside (0, 1]", "choose a small positive one")
         count = channels if kind == "per_channel" and channels is not None else 1
         super().__init__(scheme, name, count)
         self.momentum = momentum
         self.fixed = fixed
+        self.tied = tied
+        if tied:
+            # the range of the places passed so far in this forward pass
+            self.register_buffer("step_min", torch.full(self.scale.shape, torch.inf), persistent=False)
+            self.register_buffer("step_max", torch.full(self.scale.shape, -torch.inf), persistent=False)
         self.register_buffer("samples", torch.zeros((), dtype=torch.int64))
         self.register_buffer("tracked", torch.zeros((), dtype=torch.int64))
         if fixed is None:
@@ -85,18 +90,23 @@ class FakeQuantize(Quantizer):
             low, high = (torch.full(self.scale.shape, v, dtype=torch.float64) for v in fixed)
             self._set_range(low, high, "fixed", f"range [{fixed[0]:g}, {fixed[1]:g}]")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, constant: bool = False, last: bool = True) -> Tensor:
         """Return `x`, fake-quantized where the phase says so, in its shape and dtype.
+
+        Args:
+            x: The activation.
+            constant: It is a constant operand: its range is not taken.
+            last: Of a tied quantizer, this is the last place in the forward pass.
 
         Raises:
             DataError: `x` is not floating point.
             StateError: Fake quantization without a range; the tensor is named.
         """
         if self.fixed is None:
-            if self.observing:
+            if self.observing and not constant:
                 self.observer.observe(x.detach())
-            if self.tracking and self.training:
-                self._track(x.detach())
+            if self.tracking and self.training and (last or not constant):
+                self._track(x.detach(), constant, last)
         if not self.quantizing:
             return x
         if not self.ready and not (self.tracking and self.training):
@@ -106,11 +116,17 @@ class FakeQuantize(Quantizer):
         return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.scheme.granularity)
 
     @torch.no_grad()
-    def _track(self, x: Tensor) -> None:
-        if x.numel() > 0:
+    def _track(self, x: Tensor, constant: bool, last: bool) -> None:
+        if x.numel() > 0 and not (constant and self.tied):
             low, high = tensor_range(x, self.scheme.granularity)
         else:
             low, high = torch.full_like(self.min_val, torch.inf), torch.full_like(self.max_val, -torch.inf)
+        if self.tied:
+            low, high = torch.minimum(self.step_min, low), torch.maximum(self.step_max, high)
+            self.step_min.copy_(torch.full_like(low, torch.inf) if last else low)
+            self.step_max.copy_(torch.full_like(high, -torch.inf) if last else high)
+            if not last:
+                return
         low, high = _range_of_all_processes(low, high)
         unknown = self.min_val > self.max_val
         usable = torch.isfinite(low) & torch.isfinite(high)

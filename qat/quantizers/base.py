@@ -155,9 +155,7 @@ class Quantizer(nn.Module):
         """Enter a phase."""
         self.observing, self.quantizing, self.tracking = phase.observing, phase.quantizing, phase.tracking
 
-    def _note(
-        self, provenance: Provenance | None, method: str, *, has_range: bool, loaded: bool = False
-    ) -> None:
+    def _note(self, provenance: Provenance | None, method: str, *, has_range: bool, loaded: bool = False) -> None:
         """Record where the grid comes from."""
         self._provenance, self._method, self._has_range, self._loaded = provenance, method, has_range, loaded
         # a bool of its own: `torch.compile` then guards on it and not on the provenance
@@ -175,9 +173,7 @@ class Quantizer(nn.Module):
             raise EncodingError(f"{self.name!r}: {error}") from None
         flat = int(((low >= 0) & (high <= 0)).sum())
         if flat:
-            part = (
-                "is all zero" if flat == low.numel() else f"is all zero in {flat} of {low.numel()} channels"
-            )
+            part = "is all zero" if flat == low.numel() else f"is all zero in {flat} of {low.numel()} channels"
             warnings.warn(
                 f"{self.name!r} {part}; its scale is set to the floor, {numerics.SCALE_FLOOR:.3g}",
                 stacklevel=3,
@@ -225,13 +221,10 @@ class Quantizer(nn.Module):
         self.max_val.copy_(high.reshape(self.max_val.shape))
         self._note(encoding.provenance, encoding.method, has_range=has_range, loaded=True)
 
-    def _buffers_encoding(
-        self, provenance: Provenance, method: str, samples: int, has_range: bool
-    ) -> Encoding:
+    def _buffers_encoding(self, provenance: Provenance, method: str, samples: int, has_range: bool) -> Encoding:
         """Return the encoding of what the buffers hold."""
         scale, zero, low, high = (
-            tuple(b.detach().reshape(-1).tolist())
-            for b in (self.scale, self.zero_point, self.min_val, self.max_val)
+            tuple(b.detach().reshape(-1).tolist()) for b in (self.scale, self.zero_point, self.min_val, self.max_val)
         )
         return Encoding(
             dtype=self.scheme.dtype,
@@ -284,8 +277,7 @@ class Quantizer(nn.Module):
         values = unpack_state(state, self.name)
         if values.get("grid") != self._grid_kind():
             raise CheckpointError(
-                f"the checkpoint has {self.name!r} as {values.get('grid')} and the model "
-                f"as {self._grid_kind()}",
+                f"the checkpoint has {self.name!r} as {values.get('grid')} and the model as {self._grid_kind()}",
                 "prepare the model with the scheme of the checkpoint",
             )
         phase, provenance, method = values.get("phase"), values.get("provenance"), values.get("method")

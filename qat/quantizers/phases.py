@@ -47,9 +47,7 @@ def freeze_batch_norm(model: nn.Module, names: Iterable[str] | None = None) -> t
     wanted = set(found) if names is None else set(names)
     unknown = sorted(wanted - set(found))
     if unknown:
-        raise StateError(
-            f"the model has no batch norm {unknown[0]!r}", "give module paths as in named_modules()"
-        )
+        raise StateError(f"the model has no batch norm {unknown[0]!r}", "give module paths as in named_modules()")
     for name in wanted:
         found[name].eval()
     return tuple(name for name in found if name in wanted)

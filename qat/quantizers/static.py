@@ -55,9 +55,7 @@ def fake_quantize(
     if not x.is_floating_point():
         raise DataError(f"cannot fake-quantize a tensor of {x.dtype}", "quantize only floating-point tensors")
     if not -_EXACT <= qmin < qmax <= _EXACT:
-        raise EncodingError(
-            f"integer range [{qmin}, {qmax}] is too wide for fake quantization", "use 16 bits or fewer"
-        )
+        raise EncodingError(f"integer range [{qmin}, {qmax}] is too wide for fake quantization", "use 16 bits or fewer")
     s = numerics.expand_to(scale.detach().to(torch.float32), x, granularity)
     z = numerics.expand_to(zero_point.to(torch.float32), x, granularity)
     f = None if factor is None else factor.detach()
@@ -72,7 +70,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None]:
     x32 = x.to(torch.float32)
     steps = torch.round((x32 if factor is None else x32 * factor) / s)
-    codes = torch.nan_to_num(steps, nan=0.0, posinf=math.inf, neginf=-math.inf).add_(z).clamp_(qmin, qmax)
+    codes = _nan_to_zero(steps).add_(z).clamp_(qmin, qmax)
     # nan differs from every code, an infinity from every clamped one
     mask = steps.add_(z) == codes if with_mask else None
     out = codes.sub_(z).mul_(s)
@@ -81,11 +79,17 @@ def _forward(
     return out.to(x.dtype), mask
 
 
+def _nan_to_zero(steps: Tensor) -> Tensor:
+    """Return a copy with zero for nan, infinities kept."""
+    if torch.compiler.is_compiling():
+        # inductor's C++ backend does not vectorize nan_to_num, and in eager mode this would be an extra pass
+        return torch.where(torch.eq(steps, steps), steps, 0.0)
+    return torch.nan_to_num(steps, nan=0.0, posinf=math.inf, neginf=-math.inf)
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, s: Tensor, z: Tensor, factor: Tensor | None, qmin: int, qmax: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, s: Tensor, z: Tensor, factor: Tensor | None, qmin: int, qmax: int) -> Tensor:
         out, mask = _forward(x, s, z, factor, qmin, qmax, with_mask=True)
         ctx.save_for_backward(mask)
         return out

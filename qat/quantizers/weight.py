@@ -77,15 +77,11 @@ class WeightFakeQuantize(Quantizer):
     ) -> None:
         axis = scheme.granularity.axis
         if scheme.granularity.kind != "per_tensor" and not -len(shape) <= axis < len(shape):
-            raise SchemeError(
-                f"{name!r} of shape {tuple(shape)} has no axis {axis}", "choose an axis that it has"
-            )
+            raise SchemeError(f"{name!r} of shape {tuple(shape)} has no axis {axis}", "choose an axis that it has")
         if math.prod(shape) == 0:
             raise SchemeError(f"{name!r} of shape {tuple(shape)} is empty", "leave it float")
         if not 0 <= channel_axis < len(shape):
-            raise SchemeError(
-                f"{name!r} of shape {tuple(shape)} has no channel axis {channel_axis}", "choose 0 or 1"
-            )
+            raise SchemeError(f"{name!r} of shape {tuple(shape)} has no channel axis {channel_axis}", "choose 0 or 1")
         if groups != 1 and (channel_axis != 1 or groups < 1 or shape[0] % groups):
             raise SchemeError(
                 f"{groups} groups do not fit {name!r} of shape {tuple(shape)}",
@@ -161,9 +157,7 @@ class WeightFakeQuantize(Quantizer):
             return weight
         factor = self._spread_factor(weight)
         scale, zero_point = self._grid(_fold(weight, factor))
-        return fake_quantize(
-            weight, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor=factor
-        )
+        return fake_quantize(weight, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor=factor)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the float weight to keep where a user assigns `module.weight`: the assigned one."""
@@ -200,9 +194,7 @@ class WeightFakeQuantize(Quantizer):
         """
         folded = _fold(weight, self._spread_factor(weight))
         if not bool(torch.isfinite(folded).all()):
-            raise DataError(
-                f"{self.name!r} holds nan or inf", "check the weights and the batch norm's statistics"
-            )
+            raise DataError(f"{self.name!r} holds nan or inf", "check the weights and the batch norm's statistics")
         scale, zero_point = self._grid(folded)
         q = numerics.quantize(folded, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity)
         if not self.follows:

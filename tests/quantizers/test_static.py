@@ -135,6 +135,7 @@ def test_the_factor_scales_before_and_unscales_after() -> None:
 def test_compiled_equals_eager_forward_and_backward(granularity: Granularity) -> None:
     scheme = Scheme("int8", granularity=granularity)
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)) * 2
+    x[0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0])
     count = {"per_tensor": 1, "per_channel": 6, "per_group": 12}[granularity.kind]
     scale, zero = numerics.range_to_scale(-torch.rand(count), torch.rand(count), scheme)
 
