@@ -1,0 +1,25 @@
+"""Observers: streaming, fixed-memory, mergeable statistics that choose the range of a tensor."""
+
+from qat.observers.base import Observer, Option, channel_count
+from qat.observers.binning import BinnedObserver
+from qat.observers.histogram import HistogramObserver
+from qat.observers.minmax import MinMaxObserver
+from qat.observers.moving_average import MovingAverageObserver
+from qat.observers.percentile import PercentileObserver
+from qat.observers.registry import OBSERVERS, check_observer, make_observer
+from qat.observers.weights import weight_range
+
+__all__ = [
+    "OBSERVERS",
+    "BinnedObserver",
+    "HistogramObserver",
+    "MinMaxObserver",
+    "MovingAverageObserver",
+    "Observer",
+    "Option",
+    "PercentileObserver",
+    "channel_count",
+    "check_observer",
+    "make_observer",
+    "weight_range",
+]

@@ -1,0 +1,350 @@
+"""`Observer`: what every range statistic has in common (state in buffers, merging, reducing)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from qat.errors import DataError, SchemeError, StateError
+from qat.scheme import Granularity, Scheme
+
+Reduction = Literal["min", "max", "sum"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of an observer: its type, its default and the values that it may have.
+
+    Attributes:
+        kind: `float` (an int will do) or `int`; a bool never does.
+        default: The value when the option is not given; may be None: the observer chooses.
+        low: Smallest legal value.
+        high: Largest legal value.
+        low_open: `low` itself is not legal.
+        about: What it does, in a few words.
+    """
+
+    kind: type[float] | type[int]
+    default: float | int | None
+    low: float
+    high: float
+    low_open: bool = False
+    about: str = ""
+
+    def describe(self) -> str:
+        """Return the legal values in words, such as `a number in (50, 100]`."""
+        noun = "an integer" if self.kind is int else "a number"
+        return f"{noun} in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+
+    def is_legal(self, value: object) -> bool:
+        """Tell whether the option may have this value."""
+        if value is None:
+            return self.default is None
+        if isinstance(value, bool) or not isinstance(value, (int, float) if self.kind is float else int):
+            return False
+        return (self.low < value if self.low_open else self.low <= value) and value <= self.high
+
+
+class Observer(nn.Module, ABC):
+    """A streaming statistic of one tensor that chooses its range.
+
+    The whole state is in buffers whose shapes are final from construction on, so it survives `state_dict`
+    (with `weights_only=True`), `copy.deepcopy`, a move between devices and a resumed run. Float buffers stay
+    float32 when the model is cast to another float type. Values are observed as float32; nan and inf never
+    enter a statistic, they are counted, and `finite_or_raise` reports them.
+
+    Args:
+        granularity: Which elements share a range.
+        channels: Number of channels (or, for per-group, of groups); None for per-tensor.
+        name: Name of the tensor, for messages.
+        options: The observer's options; `OPTIONS` says which are legal, and the registry checks them.
+
+    Attributes:
+        OPTIONS: Legal options by name.
+        order_dependent: The result depends on how the data was divided into batches and on their order.
+        minimises_error: The range is meant to have the least squared quantization error.
+        min_val: Smallest value (what exactly, the subclass says), float32, shape () or (C,); inf before any.
+        max_val: Largest value, likewise; -inf before any.
+        samples: Batch rows (`x.shape[0]`) observed, int64, shape ().
+        nonfinite: Elements observed that were nan or inf, int64, shape ().
+    """
+
+    OPTIONS: ClassVar[Mapping[str, Option]] = {}
+    order_dependent: ClassVar[bool] = False
+    minimises_error: ClassVar[bool] = False
+
+    min_val: Tensor
+    max_val: Tensor
+    samples: Tensor
+    nonfinite: Tensor
+
+    def __init__(self, granularity: Granularity, channels: int | None, name: str, **options: Any) -> None:
+        super().__init__()
+        if (granularity.kind == "per_tensor") != (channels is None):
+            raise SchemeError(
+                f"observer of {name!r}: {channels} channels for granularity {granularity.kind}",
+                "give the number of channels for per_channel and per_group, None for per_tensor",
+            )
+        self.granularity = granularity
+        self.channels = channels
+        self.name = name
+        self.options: dict[str, Any] = {key: option.default for key, option in self.OPTIONS.items()} | options
+        shape = () if channels is None else (channels,)
+        self.register_buffer("min_val", torch.full(shape, math.inf, dtype=torch.float32))
+        self.register_buffer("max_val", torch.full(shape, -math.inf, dtype=torch.float32))
+        self.register_buffer("samples", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("nonfinite", torch.zeros((), dtype=torch.int64))
+
+    # --- to be given by each statistic
+
+    @abstractmethod
+    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        """Take in a batch.
+
+        Args:
+            x: The batch, not empty, float32, float16 or bfloat16; may hold nan and inf, which must be left
+                out.
+            low: Its smallest finite values, float32, shape () or (C,); inf where a channel has none.
+            high: Its largest finite values, likewise; -inf where a channel has none.
+        """
+
+    @abstractmethod
+    def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the range, float64, on the CPU, () or (C,); whatever for channels without values."""
+
+    def reductions(self) -> dict[str, Reduction]:
+        """Declare how each buffer of several observers becomes that of one."""
+        return {"min_val": "min", "max_val": "max", "samples": "sum", "nonfinite": "sum"}
+
+    def _initial(self) -> dict[str, float | int]:
+        """Return what each buffer is filled with before any observation."""
+        neutral = {"min": math.inf, "max": -math.inf, "sum": 0}
+        return {key: neutral[kind] for key, kind in self.reductions().items()}
+
+    # --- observing
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observe `x` and return it."""
+        self.observe(x)
+        return x
+
+    @torch.no_grad()
+    def observe(self, x: Tensor) -> None:
+        """Take in one batch; an empty one changes nothing. No device synchronisation.
+
+        Args:
+            x: Any shape that has the granularity's axis, any real dtype; observed as float32, so a float64
+                value beyond float32's range counts as infinite.
+
+        Raises:
+            DataError: `x` does not have the channels that the observer was made for.
+        """
+        self._check_shape(x)
+        if x.numel() == 0:
+            return
+        x = x.detach()
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            x = x.to(torch.float32)
+        low, high, nonfinite = finite_extrema(x, self.granularity)
+        self._update(x, low.to(torch.float32), high.to(torch.float32))
+        if nonfinite is not None:
+            self.nonfinite += nonfinite
+        self.samples += x.shape[0] if x.dim() else 1
+
+    def _check_shape(self, x: Tensor) -> None:
+        if self.channels is None:
+            return
+        axis = self.granularity.axis
+        if not -x.dim() <= axis < x.dim():
+            raise DataError(
+                f"tensor {self.name!r} has shape {tuple(x.shape)} and no axis {axis}",
+                "choose an axis that exists",
+            )
+        found = channel_count(x.shape, self.granularity)
+        if found != self.channels:
+            raise DataError(
+                f"tensor {self.name!r} of shape {tuple(x.shape)} has {found} channels or groups along axis "
+                f"{axis}, its observer was made for {self.channels}",
+                "give data of the shape that the model was prepared with",
+            )
+
+    # --- results
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no element was observed, not even one that is not finite. Reads the device."""
+        return int(self.samples) == 0
+
+    def finite_or_raise(self, name: str | None = None) -> None:
+        """Raise if a nan or inf was observed. Reads the device.
+
+        Args:
+            name: Name for the message; the observer's own by default.
+
+        Raises:
+            DataError: At least one observed element was nan or inf.
+        """
+        count = int(self.nonfinite)
+        if count:
+            raise DataError(
+                f"tensor {name or self.name!r}: {count} of the observed values are nan or inf",
+                "check the data and the weights that lead there",
+            )
+
+    def range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Choose the range. Reads the device.
+
+        Args:
+            scheme: The scheme that will quantize; observers that minimise an error use its formula.
+
+        Returns:
+            Lower and upper bounds, float64, shape () or (C,), finite, low <= high, within what was observed,
+            on the observer's device. A channel of which no finite value was observed gets (0, 0).
+
+        Raises:
+            StateError: Nothing was observed.
+            DataError: Nothing finite was observed.
+        """
+        if self.is_empty:
+            raise StateError(f"tensor {self.name!r}: no value was observed", "calibrate with at least one batch")
+        seen = (self.min_val <= self.max_val).cpu()
+        if not bool(seen.any()):
+            self.finite_or_raise()
+        low, high = self._range(scheme)
+        zero = torch.zeros_like(low)
+        # the sum turns -0.0, whose survival depends on the order of batches, into 0.0
+        low, high = torch.where(seen, low, zero) + 0.0, torch.where(seen, high, zero) + 0.0
+        return low.to(self.min_val.device), high.to(self.min_val.device)
+
+    # --- merging
+
+    def merge(self, other: Observer) -> None:
+        """Take in all that `other` observed; `other` is unchanged.
+
+        Raises:
+            StateError: `other` is of another kind, granularity or number of channels, or has other options.
+        """
+        mine = (type(self), self.granularity, self.channels, self.options)
+        if mine != (type(other), other.granularity, other.channels, other.options):
+            raise StateError(
+                f"the observers of {self.name!r} and {other.name!r} differ in kind, granularity or options",
+                "merge observers that were made alike",
+            )
+        with torch.no_grad():
+            for key, kind in self.reductions().items():
+                target = self.get_buffer(key)
+                target.copy_(_COMBINE[kind](target, other.get_buffer(key).to(target.device)))
+
+    def all_reduce(self, process_group: dist.ProcessGroup | None = None) -> None:
+        """Merge the observers of all processes in place, by `reductions`; every process must call it.
+
+        Afterwards each process holds the whole, so it is called once, after the last batch: observing on and
+        calling it again would count the first part once per process. To look at the whole and go on, reduce a
+        `copy.deepcopy`. Does nothing where torch.distributed is not initialised.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        operators = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
+        with torch.no_grad():
+            for key, kind in self.reductions().items():
+                dist.all_reduce(self.get_buffer(key), op=operators[kind], group=process_group)
+
+    def reset(self) -> None:
+        """Forget everything observed."""
+        with torch.no_grad():
+            for key, value in self._initial().items():
+                self.get_buffer(key).fill_(value)
+
+    def extra_repr(self) -> str:
+        """Name, granularity and options, for printing a model."""
+        words = [repr(self.name), self.granularity.kind]
+        words += [] if self.channels is None else [f"channels={self.channels}"]
+        words += [f"{key}={value}" for key, value in self.options.items()]
+        return ", ".join(words)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Observer:
+        """Move with the model, but keep float32: in float16 an observed 70000 would become inf."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for key, old in before.items():
+            new = self._buffers[key]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[key] = old.to(new.device)
+        return self
+
+
+_COMBINE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "min": torch.minimum,
+    "max": torch.maximum,
+    "sum": torch.add,
+}
+
+
+def channel_count(shape: Sequence[int], granularity: Granularity) -> int | None:
+    """Return how many ranges a tensor of this shape has: None for per-tensor, else channels or groups.
+
+    Groups run along the axis and the last may be shorter; their order is that of `qat.numerics.expand_to`.
+    """
+    if granularity.kind == "per_tensor":
+        return None
+    axis = granularity.axis % len(shape)
+    if granularity.kind == "per_channel":
+        return shape[axis]
+    groups = -(-shape[axis] // (granularity.size or 1))
+    return math.prod(shape[:axis]) * groups * math.prod(shape[axis + 1 :])
+
+
+def finite_extrema(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the smallest and the largest finite values, () or (C,), dtype of `x`, and the count of others.
+
+    Args:
+        x: A tensor that is not empty, of a float dtype.
+        granularity: What shares a range.
+
+    Returns:
+        Minima (inf where a channel has no finite value), maxima (-inf there), and the number of elements that
+        are nan or inf, int64 of shape (); None if there is none and that is known.
+    """
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # on the CPU a look at the result costs no synchronisation, and the plain reduction takes 1/50 of the
+        # masked one
+        low, high = _extrema(x, x, granularity)
+        if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
+            return low, high, None
+    finite = torch.isfinite(x)
+    low, high = _extrema(x.masked_fill(~finite, math.inf), x.masked_fill(~finite, -math.inf), granularity)
+    return low, high, (~finite).sum()
+
+
+def _extrema(for_min: Tensor, for_max: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
+    if granularity.kind == "per_tensor":
+        if for_min is for_max:
+            low, high = torch.aminmax(for_min)
+            return low, high
+        return for_min.amin(), for_max.amax()
+    if granularity.kind == "per_channel":
+        axis = granularity.axis % for_min.dim()
+        others = [d for d in range(for_min.dim()) if d != axis]
+        # an empty list of dimensions would mean all of them
+        return (for_min.amin(others), for_max.amax(others)) if others else (for_min.clone(), for_max.clone())
+    return (
+        _grouped(for_min, granularity).amin(granularity.axis % for_min.dim() + 1).flatten(),
+        _grouped(for_max, granularity).amax(granularity.axis % for_max.dim() + 1).flatten(),
+    )
+
+
+def _grouped(x: Tensor, granularity: Granularity) -> Tensor:
+    """Split the group axis into (groups, size); a short last group is filled up with its last element."""
+    axis, size = granularity.axis % x.dim(), granularity.size or 1
+    missing = -x.shape[axis] % size
+    if missing:
+        last = x.narrow(axis, x.shape[axis] - 1, 1)
+        x = torch.cat([x, last.repeat_interleave(missing, dim=axis)], dim=axis)
+    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
