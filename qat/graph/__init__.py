@@ -1,0 +1,1 @@
+"""Tracing, naming, operators, planning and preparation: graph in, graph out."""
