@@ -1,0 +1,1 @@
+"""Export of a converted network (a `Program`) to deployment formats, with proof by execution."""
