@@ -220,11 +220,7 @@ def _float(op: Op, xs: list[Any], sizes: tuple[int, ...]) -> Tensor:
             return x.permute(a["perm"])
         case "slice":
             for axis, start, end, step in zip(a["axes"], a["starts"], a["ends"], a["steps"], strict=True):
-                index = (
-                    torch.arange(x.shape[axis])[slice(start, end, step)]
-                    if step > 0
-                    else _backwards(x, axis, start, end, step)
-                )
+                index = torch.tensor(list(range(x.shape[axis])[slice(start, end, step)]))
                 x = x.index_select(axis, index)
             return x
         case "expand":
@@ -232,10 +228,6 @@ def _float(op: Op, xs: list[Any], sizes: tuple[int, ...]) -> Tensor:
         case "table":
             return _table(a["function"], a["params"], x)
     raise AssertionError(op.kind)
-
-
-def _backwards(x: Tensor, axis: int, start: int, end: int, step: int) -> Tensor:
-    return torch.tensor(list(range(x.shape[axis]))[start : None if end < -x.shape[axis] else end : step])
 
 
 def _at(xs: list[Any], index: int) -> Any:
