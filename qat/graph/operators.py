@@ -71,6 +71,7 @@ _METHODS: Mapping[str, Recognizer] = {
 #: torch accepts numpy's names for some arguments; `input` is a builtin
 _ARGUMENT_NAMES: Mapping[str, str] = {"input": "x", "self": "x", "axis": "dim", "keepdims": "keepdim"}
 _COMPUTED = frozenset({"call_module", "call_function", "call_method"})
+_ARITHMETIC = frozenset({"add", "sub", "mul", "div"})
 
 
 def recognize(traced: Traced) -> dict[fx.Node, Operator]:
@@ -179,7 +180,7 @@ def _tensor_leaves(node: fx.Node) -> Iterator[fx.Node]:
 
 
 def _check_float(site: Site, op: Operator) -> None:
-    """Refuse arithmetic on integers and booleans, which has nothing to quantize."""
+    """Refuse arithmetic on integers and booleans, and with infinities, which have no codes."""
     if op.kind in MOVING:
         return
     operands = [site.value_of(i) if isinstance(i, ParamRef) else i for i in op.inputs]
@@ -187,6 +188,9 @@ def _check_float(site: Site, op: Operator) -> None:
         value = first_value(operand) if isinstance(operand, fx.Node) else operand
         if isinstance(value, Tensor) and not value.is_floating_point():
             raise NotCanonical(f"it computes with {str(value.dtype).removeprefix('torch.')} values")
+        fixed = isinstance(value, Tensor) and not isinstance(operand, fx.Node)
+        if op.kind in _ARITHMETIC and fixed and not bool(torch.isfinite(value).all()):
+            raise NotCanonical("its constant operand holds inf or nan; mask with a large number such as -100")
 
 
 def _is_constant(node: fx.Node, op: Operator, constants: set[fx.Node]) -> bool:

@@ -47,8 +47,19 @@ def run_operators(model: Traced, operators: Mapping[fx.Node, Operator], *inputs:
                 return fx.node.map_arg(node.args[0], lambda n: values[n])
             elif node in operators and operators[node].kind != "split":
                 op = operators[node]
-                values[node] = execute(op.kind, op.attrs, [read(i) for i in op.inputs], batch)
+                if op.kind == "constant":
+                    state[node.meta["name"]] = values[node] = _constant(node, lambda n: state[n.meta["name"]])
+                else:
+                    values[node] = execute(op.kind, op.attrs, [read(i) for i in op.inputs], batch)
     raise AssertionError("a graph without an output")
+
+
+def _constant(node: fx.Node, read: Callable[[fx.Node], Any]) -> Tensor:
+    """What the user's own call gives on parameters."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), read)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)
 
 
 def execute(kind: str, attrs: Mapping[str, Any], inputs: list[Any], batch: int) -> Tensor:

@@ -69,6 +69,7 @@ def island_of(model, sizes: tuple[int, ...]):
         (lambda x: torch.div(x, x, rounding_mode="floor"), IMAGE, "rounding_mode='floor'"),
         (lambda x: x * float("inf"), IMAGE, "inf is not finite"),
         (lambda x: x * x.shape[0], IMAGE, "depends on the batch size"),
+        (lambda x: x + torch.tensor([0.0, float("-inf")]).repeat(3), IMAGE, "operand holds inf or nan.*-100"),
         (lambda x: x // 2, IMAGE, r"operator\.floordiv"),
         (lambda x: x**x, IMAGE, "exponent is a tensor"),
         (lambda x: torch.clamp(x, min=x), IMAGE, "bounds are tensors"),
