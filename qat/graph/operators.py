@@ -188,8 +188,8 @@ def _check_float(site: Site, op: Operator) -> None:
         value = first_value(operand) if isinstance(operand, fx.Node) else operand
         if isinstance(value, Tensor) and not value.is_floating_point():
             raise NotCanonical(f"it computes with {str(value.dtype).removeprefix('torch.')} values")
-        fixed = isinstance(value, Tensor) and not isinstance(operand, fx.Node)
-        if op.kind in _ARITHMETIC and fixed and not bool(torch.isfinite(value).all()):
+        is_constant = op.kind in _ARITHMETIC and not isinstance(operand, fx.Node)
+        if is_constant and isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
             raise NotCanonical("its constant operand holds inf or nan; mask with a large number such as -100")
 
 
