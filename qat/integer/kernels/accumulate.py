@@ -91,9 +91,7 @@ def pad_spatial(x: Tensor, padding: int | Sequence[int], value: float = 0.0) -> 
     if len(values) == dims:
         values = values * 2
     if len(values) != 2 * dims:
-        raise PlanError(
-            f"padding {values} for {dims} spatial dimensions", f"give 1, {dims} or {2 * dims} values"
-        )
+        raise PlanError(f"padding {values} for {dims} spatial dimensions", f"give 1, {dims} or {2 * dims} values")
     if not any(values):
         return x
     flat = [side for d in reversed(range(dims)) for side in (values[d], values[dims + d])]
@@ -155,9 +153,7 @@ def conv_accumulate(
 
     def run(x_part: Tensor, w_part: Tensor, dtype: torch.dtype) -> Tensor:
         if transposed:
-            return _conv_transpose(
-                x_part.to(dtype), w_part.to(dtype), strides, padding, extra, groups, dilations
-            )
+            return _conv_transpose(x_part.to(dtype), w_part.to(dtype), strides, padding, extra, groups, dilations)
         conv = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
         return conv(x_part.to(dtype), w_part.to(dtype), None, strides, 0, dilations, groups)
 
@@ -168,10 +164,7 @@ def conv_accumulate(
         if cuts is None:
             return _as_integer(run(x, w, torch.float64), bound)
         axis = 0 if transposed else 1
-        parts = (
-            _as_integer(run(x[:, i:j], w.narrow(axis, i, j - i), torch.float32), bound)
-            for i, j in pairwise(cuts)
-        )
+        parts = (_as_integer(run(x[:, i:j], w.narrow(axis, i, j - i), torch.float32), bound) for i, j in pairwise(cuts))
         total = next(parts)
         for part in parts:
             total += part
@@ -192,9 +185,7 @@ def _conv_transpose(
     crop = [padding] * dims if isinstance(padding, int) else list(padding)
     begins, ends = (crop, crop) if len(crop) == dims else (crop[:dims], crop[dims:])
     if len(begins) != dims or len(ends) != dims:
-        raise PlanError(
-            f"padding {crop} for {dims} spatial dimensions", f"give 1, {dims} or {2 * dims} values"
-        )
+        raise PlanError(f"padding {crop} for {dims} spatial dimensions", f"give 1, {dims} or {2 * dims} values")
     # the full result with the output padding appended, then cropped: allows any padding on either side
     y = op(x, w, None, stride, 0, 0, groups, dilation)
     flat = [side for d in reversed(range(dims)) for side in (-begins[d], output_padding[d] - ends[d])]

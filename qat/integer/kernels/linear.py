@@ -68,9 +68,7 @@ def conv(
     Returns:
         int32 codes, shape (N, C_out, *spatial).
     """
-    acc = conv_accumulate(
-        x_codes, x.zero_point, w_codes, stride, padding, dilation, groups, w_zero_point=w_zero_point
-    )
+    acc = conv_accumulate(x_codes, x.zero_point, w_codes, stride, padding, dilation, groups, w_zero_point=w_zero_point)
     return _finish(acc, bias_codes, x, w_scale, y, 1, x.wide or y.wide)
 
 
@@ -218,9 +216,7 @@ def subpixel_weights(w_codes: Tensor, stride: Sequence[int], groups: int = 1) ->
     taps = [-(-k // s) for k, s in zip(kernel, stride, strict=True)]
     flat = [side for d in reversed(range(dims)) for side in (0, taps[d] * stride[d] - kernel[d])]
     w = torch.nn.functional.pad(w_codes, flat)
-    w = w.reshape(
-        groups, w.shape[0] // groups, w.shape[1], *(n for d in range(dims) for n in (taps[d], stride[d]))
-    )
+    w = w.reshape(groups, w.shape[0] // groups, w.shape[1], *(n for d in range(dims) for n in (taps[d], stride[d])))
     # (g, in, out, m0, s0, m1, s1, ...) to (g, out, s0, s1, ..., in, m0, m1, ...)
     w = w.permute(0, 2, *(4 + 2 * d for d in range(dims)), 1, *(3 + 2 * d for d in range(dims)))
     w = w.reshape(-1, w_codes.shape[0] // groups, *taps)

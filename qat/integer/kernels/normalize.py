@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.integer.kernels.qparams import QParams, float32_scalar, round_to_float32
-from qat.integer.kernels.requantize import dequantize, quantize
+from qat.integer.kernels.requantize import dequantize, quantize, requantize_codes
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 
@@ -21,13 +21,12 @@ def _sum_in_order(x: Tensor) -> Tensor:
     return total
 
 
-def softmax(codes: Tensor, x: QParams, y: QParams, axis: int = -1) -> Tensor:
-    """Softmax (QLinearSoftmax, opset 13 and later): a table of exponentials, relative to the largest code.
+#: What the integer softmax of ONNX Runtime is right for: uint8, 1/256, zero point 0.
+PROBABILITY = QParams(1.0 / 256.0, 0, 0, 255)
 
-    The runtime scales by `floor(1 / y.scale)`, so the result is sensible only for a scale of one over an
-    integer; 1/256 with zero point 0 in uint8 is the one to use. Over a single element its float32 product
-    overflows and the code is that of 0 (that of 1 or the smallest in int8) instead of that of 1, and so it is
-    here: do not export such a softmax.
+
+def softmax(codes: Tensor, x: QParams, y: QParams, axis: int = -1) -> Tensor:
+    """Softmax to any encoding: to `PROBABILITY` by `qlinear_softmax`, and from there to `y`.
 
     Args:
         codes: Integer, any shape.
@@ -40,13 +39,29 @@ def softmax(codes: Tensor, x: QParams, y: QParams, axis: int = -1) -> Tensor:
     """
     if x.wide or y.wide:
         return quantize(torch.softmax(dequantize(codes, x).double(), axis).to(torch.float32), y)
+    return requantize_codes(qlinear_softmax(codes, x, PROBABILITY, axis), PROBABILITY, y)
+
+
+def qlinear_softmax(codes: Tensor, x: QParams, y: QParams, axis: int = -1) -> Tensor:
+    """QLinearSoftmax (opset 13 and later): a table of exponentials, relative to the largest code.
+
+    The runtime scales by `floor(1 / y.scale)`, so the result is sensible only for a scale of one over an
+    integer. Over a single element its float32 product overflows for scales below 1/148, and the code is that
+    of 0 (in int8 the smallest or largest) instead of that of 1; so it is here.
+
+    Args:
+        codes: Integer 8-bit codes, any shape.
+        x: Parameters of the input.
+        y: Parameters of the result; int8 if `qmin` is negative.
+        axis: The axis that sums to one.
+
+    Returns:
+        int32 codes, shape of `codes`.
+    """
     moved = codes.to(torch.int64).movedim(axis, 0)
     length = moved.shape[0]
     # head room for the sum; division and logarithm are float32, the rest double
-    room = (
-        max(0.0, round_to_float32(math.log(float(float32_scalar(_FLOAT32_MAX, codes) / length))) - 5.0)
-        / x.scale
-    )
+    room = max(0.0, round_to_float32(math.log(float(float32_scalar(_FLOAT32_MAX, codes) / length))) - 5.0) / x.scale
     steps = torch.arange(256, dtype=torch.float64, device=codes.device) - 255.0 + room
     table = torch.exp(steps * x.scale).to(torch.float32)
     terms = table[moved - moved.amax(0, keepdim=True) + 255]

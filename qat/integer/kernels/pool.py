@@ -30,9 +30,7 @@ def _sides(padding: int | Sequence[int], dims: int) -> tuple[list[int], list[int
     return _each(values[:dims], dims, "padding"), _each(values[dims:], dims, "padding")
 
 
-def pooled_size(
-    size: int, kernel: int, stride: int, begin: int, end: int, dilation: int, ceil_mode: bool
-) -> int:
+def pooled_size(size: int, kernel: int, stride: int, begin: int, end: int, dilation: int, ceil_mode: bool) -> int:
     """Number of windows along one dimension; none starts in the end padding, also with `ceil_mode`."""
     span = size + begin + end - dilation * (kernel - 1) - 1
     count = (-(-span // stride) if ceil_mode else span // stride) + 1
@@ -121,8 +119,7 @@ def avg_pool(
         for n, k, s, b, e in zip(sizes, kernels, strides, begins, ends, strict=True)
     ]
     after = [
-        max((c - 1) * s + k - n - b, 0)
-        for c, s, k, n, b in zip(counts, strides, kernels, sizes, begins, strict=True)
+        max((c - 1) * s + k - n - b, 0) for c, s, k, n, b in zip(counts, strides, kernels, sizes, begins, strict=True)
     ]
     real = pad_spatial(dequantize(codes, x), [*begins, *after])
     # the order of the additions is the runtime's: the last dimension runs fastest
@@ -177,9 +174,7 @@ def reduce_mean(codes: Tensor, x: QParams, y: QParams, axes: Sequence[int], keep
     acc = (codes.to(torch.int64) - x.zero_point).sum(reduced, keepdim=keepdims)
     if x.wide or y.wide:
         return quantize((acc.double() * x.scale / count).to(torch.float32), y)
-    factor = float32_scalar(x.scale, codes) / (
-        float32_scalar(y.scale, codes) * float32_scalar(float(count), codes)
-    )
+    factor = float32_scalar(x.scale, codes) / (float32_scalar(y.scale, codes) * float32_scalar(float(count), codes))
     return requantize(acc, factor, y)
 
 

@@ -25,9 +25,7 @@ def quantize(x: Tensor, q: QParams) -> Tensor:
     """
     steps = x.to(torch.float32) / float32_scalar(q.scale, x)
     steps = torch.nan_to_num(steps, nan=float(q.qmin - q.zero_point), posinf=torch.inf, neginf=-torch.inf)
-    return (torch.clamp(steps, q.qmin - q.zero_point, q.qmax - q.zero_point).round() + q.zero_point).to(
-        torch.int32
-    )
+    return (torch.clamp(steps, q.qmin - q.zero_point, q.qmax - q.zero_point).round() + q.zero_point).to(torch.int32)
 
 
 def dequantize(codes: Tensor, q: QParams) -> Tensor:
@@ -48,11 +46,7 @@ def multiplier(a_scale: float | Tensor, b_scale: float | Tensor, y_scale: float)
     """
     a = torch.as_tensor(a_scale, dtype=torch.float32)
     b = torch.as_tensor(b_scale, dtype=torch.float32)
-    return (
-        (a.to(b.device) if b.dim() else a)
-        * b
-        / torch.as_tensor(y_scale, dtype=torch.float32, device=b.device)
-    )
+    return (a.to(b.device) if b.dim() else a) * b / torch.as_tensor(y_scale, dtype=torch.float32, device=b.device)
 
 
 def requantize(acc: Tensor, scale: Tensor, q: QParams, channel_axis: int | None = None) -> Tensor:
@@ -79,9 +73,7 @@ def requantize(acc: Tensor, scale: Tensor, q: QParams, channel_axis: int | None 
     return (steps.round() + q.zero_point).to(torch.int32)
 
 
-def requantize_wide(
-    acc: Tensor, a_scale: float, b_scale: float | Tensor, q: QParams, channel_axis: int
-) -> Tensor:
+def requantize_wide(acc: Tensor, a_scale: float, b_scale: float | Tensor, q: QParams, channel_axis: int) -> Tensor:
     """Accumulator to codes where ONNX Runtime computes in float (16-bit tensors, transposed convolution).
 
     The accumulator is exact, so this is the result of `DequantizeLinear -> operator -> QuantizeLinear` with

@@ -15,9 +15,7 @@ from qat.integer.kernels.requantize import dequantize, quantize
 Scales = Sequence[float | None] | None
 
 
-def _checked(
-    sizes: Sequence[int], inputs: Sequence[int], scales: Scales
-) -> list[tuple[int, int, float | None]]:
+def _checked(sizes: Sequence[int], inputs: Sequence[int], scales: Scales) -> list[tuple[int, int, float | None]]:
     given = [None] * len(sizes) if scales is None else list(scales)
     if not len(sizes) == len(inputs) == len(given):
         raise PlanError(
@@ -51,14 +49,14 @@ def resize_nearest(codes: Tensor, sizes: Sequence[int], scales: Scales = None) -
     y = codes.to(torch.int32)
     for d, (size, length, scale) in enumerate(_checked(sizes, codes.shape[2:], scales)):
         step = _ratio(length, size) if scale is None else torch.tensor(1.0 / scale, dtype=torch.float32)
+        if size in (length, 2 * length):  # PyTorch then takes the exact step, whatever the scale
+            step = torch.tensor(length / size)
         source = torch.floor(torch.arange(size, dtype=torch.float32) * step).to(torch.int64)
         y = y.index_select(2 + d, source.clamp(max=length - 1).to(codes.device))
     return y
 
 
-def _taps(
-    size: int, scale: float | None, length: int, align_corners: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _taps(size: int, scale: float | None, length: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     position = torch.arange(size, dtype=torch.float32)
     corners = position * (length - 1) / max(size - 1, 1)
     factor = _ratio(size, length) if scale is None else torch.tensor(scale, dtype=torch.float32)
@@ -96,9 +94,7 @@ def resize_bilinear(
         PlanError: Another number of dimensions.
     """
     if codes.dim() != 4:
-        raise PlanError(
-            f"bilinear interpolation of {codes.dim()} dimensions", "it is defined for (N, C, H, W)"
-        )
+        raise PlanError(f"bilinear interpolation of {codes.dim()} dimensions", "it is defined for (N, C, H, W)")
     real = dequantize(codes, x)
     (height, in_height, scale_h), (width, in_width, scale_w) = _checked(sizes, codes.shape[2:], scales)
     rows = _taps(height, scale_h, in_height, align_corners)
