@@ -17,7 +17,6 @@ from qat.train.checkpoint import (
     check_same_model,
     fingerprint,
     load_checkpoint,
-    load_state,
     load_weights,
     read_weights,
     save_checkpoint,
@@ -137,12 +136,13 @@ def test_a_checkpoint_of_another_model_names_the_first_keys(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite_are_named(value: float) -> None:
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
     fresh = model()
     state = {k: v.clone() for k, v in fresh.state_dict().items()}
     state["0.bias"][1] = value
+    torch.save(state, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=r"a\.pth: 0\.bias holds nan or inf"):
-        load_state(fresh, state, "a.pth")
+        load_weights(fresh, tmp_path / "a.pth")
     assert torch.isfinite(fresh[0].bias).all()
 
 

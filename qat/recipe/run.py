@@ -1,0 +1,234 @@
+"""Running a recipe: float training, calibration, quantization-aware training, export, the contract."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qat
+from qat.errors import CheckFailedError, OutputError
+from qat.graph.prepared import PreparedModel
+from qat.recipe import stages
+from qat.recipe.folder import CHECKPOINTS, ENCODINGS, ONNX, PLAN, RunFolder, RunState, StageRecord
+from qat.recipe.report import check_expectations, results_table
+from qat.recipe.schema import Recipe, Stage
+from qat.recipe.session import Session
+from qat.train.checkpoint import save_checkpoint
+from qat.train.evaluate import evaluate
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run came to.
+
+    Attributes:
+        folder: Where its files are.
+        state: Results, stages and details, as in `metrics.json`.
+    """
+
+    folder: Path
+    state: RunState
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+    quiet: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> RunResult:
+    """Do what a recipe says and leave everything in one folder.
+
+    Args:
+        recipe: A validated recipe.
+        out: The folder; None for `runs/<name>`.
+        resume: Continue a run that is in the folder: finished stages are not done again.
+        overwrite: Replace a run that is in the folder.
+        skip_bad: Skip unreadable images.
+        quiet: No progress bars.
+        say: Gets every line that is for the user.
+
+    Raises:
+        QatError: Anything that is wrong with the recipe, the data, the model or the folder.
+        VerificationError: The exported file differs from the simulation.
+        ExpectationError: The contract does not hold; the folder is complete nevertheless.
+    """
+    run = _Run(recipe, RunFolder(out or Path("runs") / recipe.name), resume, overwrite, skip_bad, quiet, say)
+    return run.execute()
+
+
+class _Run:
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: RunFolder,
+        resume: bool,
+        overwrite: bool,
+        skip_bad: bool,
+        quiet: bool,
+        say: Callable[[str], None],
+    ) -> None:
+        self.folder = folder
+        self.quiet = quiet
+        self._show = say
+        # what can be wrong with recipe, data and model is found before the folder is touched
+        self.session = Session(recipe, skip_bad=skip_bad, run=folder if resume and folder.is_run() else None)
+        self.recipe = self.session.recipe
+        folder.check(self.recipe, resume=resume, overwrite=overwrite)
+        self.model = self.session.model
+        stages.check_model(self.model, self.session.data)
+        self.qmodel: PreparedModel | None = None
+        self.state = folder.open(self.recipe, resume=resume, overwrite=overwrite)
+
+    def say(self, line: str) -> None:
+        self._show(line)
+        self.folder.log(line)
+
+    def execute(self) -> RunResult:
+        try:
+            self._execute()
+        except BaseException as error:
+            # an interrupted run stays `running`: it is not finished, and can be resumed
+            if isinstance(error, Exception):
+                # where the disk is full, the error to tell is the first one
+                with contextlib.suppress(OutputError):
+                    self.folder.log(f"error: {error}")
+                    self._keep(status="failed")
+            raise
+        return RunResult(self.folder.path, self.state)
+
+    def _execute(self) -> None:
+        start = time.perf_counter()
+        what, target = f"{self.recipe.model.factory} on {self.recipe.data.name}", "+".join(self.recipe.target)
+        self.say(f"{self.recipe.name}: {what} for {target}")
+        self._keep(details={**self.state.details, "versions": versions()})
+        done = len(self.state.stages)
+        if done:
+            self.say(f"resuming after {done} finished stage{'s' * (done > 1)}")
+        for index, stage in enumerate(self.recipe.stages):
+            if index < done:
+                continue
+            if not (stage.train and stage.train.phase == "float"):
+                self._quantize()
+            self._stage(index, stage)
+        if self.recipe.stages and self.qmodel is None and any(s.label != "float" for s in self.state.stages):
+            self._quantize()
+        if "float" not in self.state.results:
+            self._measure("float", self.model)
+        if self.recipe.export.onnx is not None:
+            self._export()
+        skipped = self.session.data.skipped.summary()
+        if skipped:
+            self.say(skipped)
+        table = results_table(self.state.results)
+        self.say("\n" + table + "\n")
+        for line in (self.state.details.get("verified"), self._contract()):
+            if line:
+                self.say(line)
+        self._keep(status="done", details={**self.state.details, "seconds": time.perf_counter() - start})
+        self.say(f"{self.folder.path}: done in {time.perf_counter() - start:.1f} s")
+
+    # -- steps
+
+    def _stage(self, index: int, stage: Stage) -> None:
+        start = time.perf_counter()
+        # every stage begins from its own seed, so that one that is resumed draws what it would have drawn
+        torch.manual_seed(self.recipe.seed + index + 1)
+        epochs: list[dict[str, Any]] = []
+        if stage.train is not None and stage.train.phase == "float":
+            label, trained = "float", self.model
+        else:
+            assert self.qmodel is not None
+            after_qat = stage.train is not None or any(s.label == "QAT" for s in self.state.stages)
+            label, trained = ("QAT" if after_qat else "PTQ"), self.qmodel
+        if stage.calibrate is not None and self.qmodel is not None:
+            seen = stages.calibrate(self.qmodel, self.session.data.calibration, stage.calibrate, quiet=self.quiet)
+            self.say(f"calibrated on {seen} images")
+        elif stage.train is not None:
+            distill = stage.train.distill is not None
+            teacher = copy.deepcopy(self.model) if distill else None
+            self.say(f"training the {'float' if label == 'float' else 'quantized'} model")
+            records = stages.train(
+                trained, self.session.data.train, stage.train, teacher=teacher, say=self.say, quiet=self.quiet
+            )
+            epochs = [r.to_json() for r in records]
+        name = f"{CHECKPOINTS}/{index}-{stage.kind}-{label.lower()}.safetensors"
+        save_checkpoint(self.folder.path / name, trained.state_dict(), {"stage": index, "label": label})
+        if self.qmodel is not None:
+            self.qmodel.encodings().save(self.folder.path / ENCODINGS)
+        record = StageRecord(index, stage.kind, label, name, time.perf_counter() - start, epochs)
+        self._measure(label, trained)
+        self._keep(stages=(*self.state.stages, record))
+
+    def _quantize(self) -> None:
+        """Make the prepared model, before the first stage that needs it."""
+        if self.qmodel is not None:
+            return
+        if "float" not in self.state.results:
+            self._measure("float", self.model)
+        self.qmodel = self.session.prepare()
+        plan = self.qmodel.plan
+        plan.save(self.folder.path / PLAN)
+        self.say(plan.summary())
+        self._keep(details={**self.state.details, "integer_macs": plan.integer_share})
+
+    def _export(self) -> None:
+        part = self.recipe.export.onnx
+        assert part is not None
+        assert self.qmodel is not None
+        path = self.folder.path / ONNX
+        result = stages.export_onnx(self.recipe, self.qmodel, path, self.session.data.calibration, part)
+        verified = f"verified: {result}"
+        self._keep(
+            details={
+                **self.state.details,
+                "verified": verified,
+                "verification": None if result.verification is None else result.verification.to_json(),
+                "onnx_sha256": result.sha256,
+            }
+        )
+        if self.session.data.test is not None:
+            self._measure("ONNX Runtime", stages.onnx_classifier(path))
+
+    def _measure(self, label: str, model: Callable[..., Any]) -> None:
+        if self.session.data.test is None:
+            return
+        metrics = evaluate(model, self.session.test, quiet=self.quiet, description=f"evaluate {label}")
+        self._keep(results={**self.state.results, label: metrics.to_json()})
+        self.say(f"{label}: top-1 {100 * metrics.top1:.2f} % of {metrics.n} test images")
+
+    def _contract(self) -> str:
+        try:
+            return check_expectations(self.recipe.expect, self.state.results, self.state.details.get("integer_macs"))
+        except CheckFailedError:
+            self._keep(details={**self.state.details, "contract": "broken"})
+            raise
+
+    def _keep(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+        self.folder.save(self.state)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of everything that a result may depend on."""
+    import onnx
+    import onnxruntime
+
+    return {
+        "qat": qat.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime.__version__,
+    }

@@ -1,0 +1,112 @@
+"""A recipe brought to life: its data, its float model and its prepared model, made when they are first needed."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qat.encoding import Encodings
+from qat.errors import CheckpointError, DataError
+from qat.graph.plan import Plan
+from qat.graph.prepared import PreparedModel
+from qat.recipe import stages
+from qat.recipe.convert import data_spec
+from qat.recipe.folder import RunFolder
+from qat.recipe.load import expand
+from qat.recipe.schema import Recipe
+from qat.train.checkpoint import load_checkpoint, load_state
+from qat.train.data import Data, Split, load_data
+
+
+class Session:
+    """What the steps of a run share.
+
+    Args:
+        recipe: A validated recipe; variables are expanded here.
+        skip_bad: Skip unreadable images even where the recipe does not say so.
+        run: Folder of a run whose checkpoints are to be used, or None.
+
+    Raises:
+        RecipeError: A variable is not set, or a GPU is asked for and there is none.
+    """
+
+    def __init__(self, recipe: Recipe, *, skip_bad: bool = False, run: RunFolder | None = None) -> None:
+        self.recipe = expand(recipe)
+        self.spec = data_spec(self.recipe, skip_bad=skip_bad)
+        self.device = stages.choose_device(self.recipe)
+        self.run = run
+        if self.recipe.threads is not None:
+            torch.set_num_threads(self.recipe.threads)
+
+    @functools.cached_property
+    def data(self) -> Data:
+        """The data."""
+        return load_data(self.spec)
+
+    @property
+    def test(self) -> Split:
+        """The labelled test images.
+
+        Raises:
+            DataError: There are none.
+        """
+        if self.data.test is None:
+            raise DataError("the data has no labelled test images", "give data.test with class folders or labels")
+        return self.data.test
+
+    @functools.cached_property
+    def model(self) -> nn.Module:
+        """The float model: of the last float checkpoint of the run, else as the recipe makes it."""
+        model = stages.build_model(self.recipe.model, self.recipe.seed).to(self.device)
+        checkpoint = self._checkpoint("float")
+        if checkpoint is not None:
+            load_state(model, load_checkpoint(checkpoint).tensors, str(checkpoint))
+        return model
+
+    def example(self, *, with_data: bool = True) -> Tensor:
+        """Two images on the device of the model."""
+        return stages.example_inputs(self.spec, self.data if with_data else None).to(self.device)
+
+    def plan(self) -> Plan:
+        """The plan; the data need not be there where the recipe tells the shape of the images."""
+        try:
+            example = self.example(with_data=False)
+        except DataError:
+            example = self.example()
+        return stages.make_plan(self.recipe, self.model, example)
+
+    def prepare(self) -> PreparedModel:
+        """The prepared model: of the last quantized checkpoint of the run, else fresh."""
+        qmodel = stages.prepare(self.recipe, self.model, self.example()).to(self.device)
+        checkpoint = self._checkpoint("quantized")
+        if checkpoint is not None:
+            load_state(qmodel, load_checkpoint(checkpoint).tensors, str(checkpoint))
+            qmodel.set_phase("quantize")
+        return qmodel.eval()
+
+    def quantized(self, encodings: Path | None = None) -> PreparedModel:
+        """A model that can be exported: of the run's last checkpoint, or with ranges from a file.
+
+        Raises:
+            CheckpointError: There are neither.
+            EncodingError: The file does not fit the model.
+        """
+        if encodings is None and self._checkpoint("quantized") is None:
+            place = (
+                "the recipe alone has no ranges" if self.run is None else f"{self.run.path} has no quantized checkpoint"
+            )
+            raise CheckpointError(place, "give the folder of a finished run, or --encodings")
+        qmodel = self.prepare()
+        if encodings is not None:
+            qmodel.load_encodings(Encodings.load(encodings))
+            qmodel.set_phase("quantize")
+        return qmodel
+
+    def _checkpoint(self, which: str) -> Path | None:
+        if self.run is None:
+            return None
+        found = [s for s in self.run.state().stages if (s.label == "float") == (which == "float")]
+        return self.run.path / found[-1].checkpoint if found else None

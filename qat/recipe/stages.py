@@ -1,0 +1,234 @@
+"""The steps of a run, each one call of the library."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qat
+from qat.errors import CheckpointError, DataError, QatError, RecipeError
+from qat.export.verify import ExportResult, session
+from qat.graph.plan import Plan
+from qat.graph.prepared import PreparedModel
+from qat.recipe.convert import train_settings
+from qat.recipe.schema import CalibratePart, ModelPart, OnnxPart, Recipe, TrainPart
+from qat.targets import Target
+from qat.torchvision import import_torchvision
+from qat.train.checkpoint import load_weights
+from qat.train.data import Data, Split, input_shape
+from qat.train.data.spec import DataSpec
+from qat.train.evaluate import device_of, evaluation_mode
+from qat.train.trainer import EpochRecord, Hook, fit
+
+
+def choose_device(recipe: Recipe) -> torch.device:
+    """Return the device that a recipe asks for.
+
+    Raises:
+        RecipeError: It asks for a GPU and there is none.
+    """
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("device is 'cuda' and torch finds no GPU", "set device: cpu, or auto to take a GPU if any")
+    gpu = recipe.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if gpu else "cpu")
+
+
+def find_factory(name: str) -> Callable[..., Any]:
+    """Import `package.module:callable`; modules in the working directory are found too.
+
+    Raises:
+        RecipeError: There is no such module or callable.
+    """
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        if module_name.split(".")[0] == "torchvision":
+            module = import_torchvision(module_name.partition(".")[2])
+        else:
+            module = importlib.import_module(module_name)
+    except QatError as error:
+        raise RecipeError(f"model.factory {name!r}: {error}") from None
+    except Exception as error:  # noqa: BLE001 - a user's module may fail in any way
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(f"model.factory {name!r}: cannot import {module_name} ({cause})", "correct it") from None
+    factory = getattr(module, attribute, None)
+    if not callable(factory):
+        raise RecipeError(f"model.factory {name!r}: {module_name} has no callable {attribute!r}", "correct it")
+    found: Callable[..., Any] = factory
+    return found
+
+
+def build_model(part: ModelPart, seed: int) -> nn.Module:
+    """Make the float model, with the weights that the recipe names.
+
+    Raises:
+        RecipeError: The factory cannot be imported, refuses its arguments, or gives no module.
+        CheckpointError: The weights cannot be read or are of another model.
+    """
+    factory = find_factory(part.factory)
+    torch.manual_seed(seed)
+    try:
+        model = factory(**part.kwargs)
+    except QatError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a user's factory may fail in any way
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(f"model.factory {part.factory!r} failed ({cause})", "correct model.kwargs") from None
+    if not isinstance(model, nn.Module):
+        raise RecipeError(f"model.factory {part.factory!r} gives a {type(model).__name__}", "it must give an nn.Module")
+    if part.weights is not None:
+        load_weights(model, Path(part.weights).expanduser())
+    return model.eval()
+
+
+def check_model(model: nn.Module, data: Data) -> None:
+    """Run the float model on one image, so that a mismatch is named before anything long begins.
+
+    Raises:
+        DataError: The model does not take the data's images.
+    """
+    x = data.calibration.sample(1).to(device_of(model))
+    with evaluation_mode(model), torch.no_grad():
+        try:
+            scores = model(x)
+        except QatError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a model raises on input that does not fit
+            cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise DataError(
+                f"the model does not take images of shape {tuple(x.shape[1:])} ({cause})",
+                "correct data.input or the arguments of the model",
+            ) from None
+    if data.num_classes and isinstance(scores, Tensor) and scores.ndim == 2 and scores.shape[1] < data.num_classes:
+        raise DataError(
+            f"the model has {scores.shape[1]} classes and the data {data.num_classes}",
+            "correct the number of classes in model.kwargs",
+        )
+
+
+def example_inputs(spec: DataSpec, data: Data | None = None) -> Tensor:
+    """Return two images that the model can be traced with: real ones, or, without data, black ones of the right shape.
+
+    Raises:
+        DataError: Without data the shape cannot be told.
+    """
+    if data is not None:
+        x = data.calibration.sample(2)
+        return x if x.shape[0] > 1 else torch.cat([x, x])
+    shape = input_shape(spec)
+    if shape is None:
+        raise DataError("the shape of the images is not known", "give data.input.size")
+    return torch.zeros(2, *shape)
+
+
+def find_target(recipe: Recipe) -> Target:
+    """Load the target, or the intersection of the targets, of a recipe."""
+    return qat.load_target(*recipe.target)
+
+
+def make_plan(recipe: Recipe, model: nn.Module, example: Tensor) -> Plan:
+    """Plan the quantization of the float model."""
+    return qat.plan(model, example, target=find_target(recipe), scheme=recipe.scheme_data())
+
+
+def prepare(recipe: Recipe, model: nn.Module, example: Tensor) -> PreparedModel:
+    """Prepare the float model for quantization."""
+    return qat.prepare(model, example, target=find_target(recipe), scheme=recipe.scheme_data())
+
+
+def calibrate(qmodel: PreparedModel, split: Split, part: CalibratePart, *, quiet: bool) -> int:
+    """Choose ranges from calibration images; return how many were seen.
+
+    Raises:
+        DataError: There is no image, or a tensor is not finite; it is named.
+    """
+    return qat.calibrate(
+        qmodel, split.images(part.images), samples=part.images, only=part.only, progress=False if quiet else None
+    )
+
+
+def train(
+    model: nn.Module,
+    split: Split | None,
+    part: TrainPart,
+    *,
+    teacher: nn.Module | None,
+    say: Callable[[str], None],
+    quiet: bool,
+) -> list[EpochRecord]:
+    """Train the float or the quantized model in place.
+
+    Raises:
+        DataError: There are no training images.
+        TrainError: The loss is not finite.
+    """
+    if split is None:
+        raise DataError("the data has no labelled training images", "give data.train, or leave out the train stage")
+
+    class Tell(Hook):
+        def epoch_end(self, model: nn.Module, record: EpochRecord) -> None:  # noqa: ARG002 - the hook's signature
+            say(
+                f"  epoch {record.epoch}/{part.epochs}: loss {record.loss:.4f}, train top-1 {100 * record.top1:.2f} %,"
+                f" lr {record.lr:.3g}, {record.seconds:.1f} s"
+            )
+
+    description = "train" if part.phase == "float" else "QAT"
+    return fit(
+        model, split, train_settings(part), teacher=teacher, hooks=[Tell()], quiet=quiet, description=description
+    )
+
+
+def export_onnx(recipe: Recipe, qmodel: PreparedModel, path: Path, split: Split, part: OnnxPart) -> ExportResult:
+    """Write, execute and compare the ONNX file.
+
+    Raises:
+        VerificationError: ONNX Runtime's result differs by more than the bounds; no file is left.
+    """
+    return qat.export_onnx(
+        qmodel,
+        path,
+        samples=list(split.images(part.samples)),
+        verify=part.verify,
+        bound=part.bound,
+        unequal_share=part.unequal_share,
+        opset=part.opset,
+        dynamic_batch=find_target(recipe).dynamic_batch,
+        name=recipe.name,
+        metadata={"recipe": recipe.name},
+    )
+
+
+def onnx_classifier(path: Path) -> Callable[[Tensor], Tensor]:
+    """Return a classifier that executes an ONNX file in ONNX Runtime on the CPU.
+
+    Raises:
+        CheckpointError: The file cannot be opened.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path} (no such file)", "export it first")
+    try:
+        runtime = session(os.fspath(path))
+    except Exception as error:  # noqa: BLE001 - ONNX Runtime's errors share no public base
+        raise CheckpointError(
+            f"ONNX Runtime cannot open {path} ({str(error).splitlines()[0]})", "export again"
+        ) from None
+    given = runtime.get_inputs()[0]
+    batch = given.shape[0] if given.shape and isinstance(given.shape[0], int) else None
+
+    def parts(x: Tensor) -> Iterator[Tensor]:
+        yield from torch.split(x, batch) if batch else (x,)
+
+    def classify(x: Tensor) -> Tensor:
+        results = [torch.from_numpy(runtime.run(None, {given.name: p.contiguous().numpy()})[0]) for p in parts(x)]
+        return torch.cat(results)
+
+    return classify
