@@ -13,7 +13,8 @@ from onnx import TensorProto, helper
 from qat.errors import ExportError
 from qat.export import islands
 from qat.export.emitters import border, elementwise, normalization, pooling, products, shape, spatial
-from qat.export.emitters.context import FLOAT_TYPES, Context, Emitter
+from qat.export.emitters.context import Context, Emitter
+from qat.export.emitters.types import FLOAT_TYPES
 from qat.integer.program import Program
 
 #: below 21 QuantizeLinear has no 16-bit and 4-bit types; above 23 no released ONNX Runtime was tried

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qat.errors import DataError, ExportError, VerificationError
 from qat.export.difference import Level, Tally, Verification, codes_of
-from qat.export.emitters.context import FLOAT_TYPES, ONNX_TYPES
+from qat.export.emitters.types import FLOAT_TYPES, ONNX_TYPES
 from qat.export.onnx import TensorNames, model_bytes, program_to_onnx, quantized_tensors
 from qat.export.overflow import OverflowReport, prove_no_overflow
 from qat.files import atomic_path

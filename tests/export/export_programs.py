@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qat.encoding import Encoding
+from qat.integer.model import IntegerModel
 from qat.integer.program import Constant, Op, Program, TensorInfo
 from qat.scheme import Granularity, Scheme, int_type
 
@@ -106,14 +107,14 @@ def single(
     y_shape: tuple[int, ...],
     x: Encoding | None,
     y: Encoding | None,
-    others: tuple[Constant, ...] = (),
+    others: tuple[Constant | None, ...] = (),
     /,
     **attrs: Any,
 ) -> Program:
     """A program of one operator between a quantized input and a quantized output."""
     b = Builder()
     source = b.input("x", x_shape, x)
-    names = tuple(b.constant(c) for c in others)
+    names = tuple(b.constant(c) if c else "" for c in others)
     b.output(b.op(kind, "block.y", (source, *names), y_shape, y, **attrs))
     return b.program()
 
@@ -259,6 +260,11 @@ def _table(function: str, p: Mapping[str, Any], x: Tensor) -> Tensor:
         "cos": torch.cos,
     }
     return functions[function](x)
+
+
+def integer(program: Program, inputs: tuple[Tensor, ...], names: set[str]) -> Mapping[str, Tensor]:
+    """The executor that users have: the integer kernels."""
+    return IntegerModel(program).run(inputs, names)
 
 
 def samples(program: Program, batch: int = 3, batches: int = 2, spread: float = 1.5) -> list[tuple[Tensor, ...]]:

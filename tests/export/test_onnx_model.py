@@ -13,7 +13,7 @@ from export_programs import B, Builder, bias, enc, execute, residual_network, sa
 
 from qat.encoding import Encoding
 from qat.errors import ExportError
-from qat.export.emitters.context import integer_tensor
+from qat.export.emitters.types import integer_tensor
 from qat.export.onnx import emitters, model_bytes, program_to_onnx
 from qat.export.verify import session, verify_onnx
 from qat.integer.program import Constant, Op, Program, TensorInfo

@@ -18,7 +18,6 @@ of a type that MaxPool does not have.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -29,31 +28,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from qat.encoding import Encoding
 from qat.errors import ExportError
+from qat.export.emitters.types import FLOAT_TYPES, ONNX_TYPES, eight_bits, integer_tensor, whole
 from qat.integer.program import Op, Program, TensorInfo
 from qat.scheme import int_type
-
-#: ONNX element type of each integer type
-ONNX_TYPES = {
-    "int4": TensorProto.INT4,
-    "uint4": TensorProto.UINT4,
-    "int8": TensorProto.INT8,
-    "uint8": TensorProto.UINT8,
-    "int16": TensorProto.INT16,
-    "uint16": TensorProto.UINT16,
-    "int32": TensorProto.INT32,
-}
-#: ONNX element type of each torch dtype that a float (or index) tensor may have
-FLOAT_TYPES = {
-    torch.float32: TensorProto.FLOAT,
-    torch.float64: TensorProto.DOUBLE,
-    torch.float16: TensorProto.FLOAT16,
-    torch.int64: TensorProto.INT64,
-    torch.int32: TensorProto.INT32,
-    torch.bool: TensorProto.BOOL,
-}
-_NUMPY_TYPES: dict[str, npt.DTypeLike] = {
-    name: np.dtype(name) for name in ("int8", "uint8", "int16", "uint16", "int32")
-}
 
 #: kinds that only move codes, so their results are in range whenever their operands are
 MOVERS = frozenset({"reshape", "transpose", "slice", "expand", "identity", "concat", "max_pool", "rescale", "pad"})
@@ -62,28 +39,6 @@ MOVERS = frozenset({"reshape", "transpose", "slice", "expand", "identity", "conc
 _COPIERS = frozenset({"reshape", "transpose", "slice", "expand", "identity", "concat"})
 
 Emitter = Callable[["Context", Op], None]
-
-
-def integer_tensor(name: str, values: npt.NDArray[Any], dtype: str) -> TensorProto:
-    """Return an initializer of integer codes; 4-bit ones are packed two a byte, the first in the low half."""
-    if dtype not in ("int4", "uint4"):
-        return numpy_helper.from_array(np.asarray(values, dtype=_NUMPY_TYPES[dtype], order="C"), name)
-    halves = (values.astype(np.int64) & 0xF).astype(np.uint8).reshape(-1)
-    if halves.size % 2:
-        halves = np.append(halves, np.uint8(0))
-    packed = halves[0::2] | (halves[1::2] << 4)
-    return TensorProto(name=name, data_type=ONNX_TYPES[dtype], dims=values.shape, raw_data=packed.tobytes())
-
-
-def _whole(encoding: Encoding) -> Encoding:
-    """The same grid with all codes of its type."""
-    kind = int_type(encoding.dtype)
-    return replace(encoding, qmin=kind.qmin, qmax=kind.qmax)
-
-
-def _eight_bits(encoding: Encoding) -> Encoding:
-    """The same grid with all codes of the 8-bit type of the same sign."""
-    return _whole(replace(encoding, dtype="int8" if int_type(encoding.dtype).signed else "uint8"))
 
 
 class Context:
@@ -110,6 +65,8 @@ class Context:
         #: names of values that exist: inputs, and outputs of nodes
         self.written: set[str] = set()
         self._node_names: dict[str, int] = {}
+        #: encodings of the outputs of DequantizeLinear on activations
+        self._dequantized: dict[str, Encoding] = {}
         self._codes: dict[str, str] = {}
         self._floats: dict[str, str] = {}
         outputs = set(program.outputs)
@@ -287,7 +244,7 @@ class Context:
         if self._needs_clip(op, info.encoding):
             onnx_name = self._clip(name, onnx_name, info.encoding)
         if int_type(info.encoding.dtype).bits == 4 and op.kind not in _COPIERS:
-            onnx_name = self.through(onnx_name, _eight_bits(info.encoding), f"{name}/wide", self.dimensions(name))
+            onnx_name = self.through(onnx_name, eight_bits(info.encoding), f"{name}/wide", self.dimensions(name))
         codes = self._quantize(onnx_name, info.encoding, f"{name}/codes", name)
         self.declare(codes, ONNX_TYPES[info.encoding.dtype], self.dimensions(name))
         self._codes[name] = codes
@@ -374,13 +331,33 @@ class Context:
         return names, attributes
 
     def _quantize(self, source: str, encoding: Encoding, codes: str, base: str) -> str:
+        source = self._guarded(source, encoding, base)
         names, attributes = self._parameters_of(encoding, base, None)
         return self.node("QuantizeLinear", [source, *names], [codes], where=base, **attributes)
+
+    def _guarded(self, source: str, encoding: Encoding, base: str) -> str:
+        """Keep apart two QuantizeLinear of one 8-bit type that follow each other.
+
+        ONNX Runtime merges Q-DQ-Q-DQ to one pair on a third grid, made of the intersection of the two ranges. A
+        Max with the smallest value that the second can represent computes nothing and keeps the two.
+        """
+        before = self._dequantized.get(source)
+        if (
+            before is None
+            or before.dtype not in ("int8", "uint8")
+            or before.dtype != encoding.dtype
+            or before.same_grid(encoding)
+        ):
+            return source
+        low = self.scalar(whole(encoding).representable()[0], f"{base}/lowest")
+        return self.node("Max", [source, low], [self.fresh(f"{base}/guarded")], where=base)
 
     def _dequantize(
         self, codes: str, encoding: Encoding, value: str, base: str, shape: Sequence[int] | None = None
     ) -> str:
         names, attributes = self._parameters_of(encoding, base, shape)
+        if shape is None:
+            self._dequantized[value] = encoding
         return self.node("DequantizeLinear", [codes, *names], [value], where=base, **attributes)
 
     def _needs_clip(self, op: Op, encoding: Encoding) -> bool:
@@ -402,7 +379,7 @@ class Context:
                 f"tensor {name!r} has per-channel scales and a range narrower than its type",
                 "use per-tensor scales for activations, or the whole integer range",
             )
-        wide = _eight_bits(encoding) if int_type(encoding.dtype).bits == 4 else _whole(encoding)
+        wide = eight_bits(encoding) if int_type(encoding.dtype).bits == 4 else whole(encoding)
         value = self.through(onnx_name, wide, f"{name}/wide", self.dimensions(name))
         low, high = encoding.representable()
         bounds = [self.scalar(low, f"{name}/low"), self.scalar(high, f"{name}/high")]
