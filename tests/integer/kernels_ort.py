@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -68,7 +68,8 @@ class Graph:
         zero = self.constant(np.zeros(tuple(s.shape)), dtype)
         return self.op("DequantizeLinear", self.constant(codes, dtype), self.constant(s, "float32"), zero, **attributes)
 
-    def run(self, optimized: str | None = None) -> list[Tensor]:
+    def run(self, optimized: str | None = None, entries: Mapping[str, str] | None = None) -> list[Tensor]:
+        """Run on the inputs; codes come back as int64, floats as float32."""
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
         options = onnxruntime.SessionOptions()
@@ -76,10 +77,13 @@ class Graph:
         options.log_severity_level = 3
         # exact sums on x86 CPUs without VNNI as well; nothing changes elsewhere
         options.add_session_config_entry("session.x64quantprecision", "1")
+        for key, value in (entries or {}).items():
+            options.add_session_config_entry(key, value)
         if optimized:
             options.optimized_model_filepath = optimized
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        return [torch.from_numpy(y.astype(np.int64)) for y in session.run(None, self.feeds)]
+        results = session.run(None, self.feeds)
+        return [torch.from_numpy(y if y.dtype == np.float32 else y.astype(np.int64)) for y in results]
 
 
 def run_qdq(

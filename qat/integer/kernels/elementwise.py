@@ -16,7 +16,7 @@ from qat.integer.kernels.qparams import QParams, float32_scalar
 from qat.integer.kernels.requantize import dequantize, multiplier, quantize
 
 
-def _fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """`a * b + c` of float32 tensors with one rounding, as a fused multiply-add.
 
     The product is exact in float64. The sum is rounded to odd there, which makes the second rounding, to
@@ -39,9 +39,9 @@ def _qlinear_add(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QP
     scale_y = float32_scalar(y.scale, a_codes)
     ratio_a, ratio_b = float32_scalar(a.scale, a_codes) / scale_y, float32_scalar(b.scale, a_codes) / scale_y
     zero_a, zero_b = float32_scalar(a.zero_point, a_codes), float32_scalar(b.zero_point, a_codes)
-    fixed = float32_scalar(y.zero_point, a_codes) - _fma(ratio_a, zero_a, ratio_b * zero_b)
-    partial = _fma(b_codes.to(torch.float32), ratio_b, fixed)
-    return _saturate(_fma(a_codes.to(torch.float32), ratio_a, partial), y)
+    fixed = float32_scalar(y.zero_point, a_codes) - fma(ratio_a, zero_a, ratio_b * zero_b)
+    partial = fma(b_codes.to(torch.float32), ratio_b, fixed)
+    return _saturate(fma(a_codes.to(torch.float32), ratio_a, partial), y)
 
 
 def _left_is_scalar(a: torch.Size, b: torch.Size) -> bool:
