@@ -89,6 +89,8 @@ def record_call(
         UntraceableError: The call reads values, or writes where the writing cannot be followed.
     """
     kwargs = dict(kwargs)
+    if isinstance(func, torch._C.ScriptMethod | torch._C.ScriptFunction):
+        raise UntraceableError("a TorchScript function is called")
     if func in DROPOUTS:
         return _dropout(recorder, func, args, kwargs)
     if func is F.scaled_dot_product_attention:

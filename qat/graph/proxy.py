@@ -192,6 +192,10 @@ _TRACED = (TracedTensor, TracedInt, TracedFloat, TracedBool)
 class TracedSize(tuple):  # type: ignore[type-arg]
     """A shape some of whose sizes depend on the batch size."""
 
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return TracedSize(found) if isinstance(index, slice) else found
+
     def numel(self) -> Any:
         """Product of all sizes."""
         return math.prod(self)

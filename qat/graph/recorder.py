@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-import sys
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from types import CodeType, FrameType, TracebackType
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -24,10 +22,7 @@ from qat.graph.proxy import (
     UntraceableError,
     is_traced,
 )
-
-_TORCH = str(Path(torch.__file__).parent)
-_TORCH_MODULES = str(Path(torch.__file__).parent / "nn" / "modules")
-_OWN = str(Path(__file__).parent)
+from qat.graph.source import calling_source
 
 
 class GraphRecorder:
@@ -168,16 +163,7 @@ class GraphRecorder:
 
     def source(self) -> str:
         """`file:line` of the user's code that runs now; of torch's container where only that is the caller."""
-        frame: FrameType | None = sys._getframe(1)
-        container = ""
-        while frame is not None and frame.f_code is not self._entry:
-            name = frame.f_code.co_filename
-            if _is_users(name):
-                return f"{shorten(name)}:{frame.f_lineno}"
-            if not container and name.startswith(_TORCH_MODULES) and frame.f_code.co_name == "forward":
-                container = f"{shorten(name)}:{frame.f_lineno}"
-            frame = frame.f_back
-        return container
+        return calling_source(self._entry)
 
     # -- arguments
 
@@ -230,7 +216,7 @@ class GraphRecorder:
                 raise UntraceableError("a constant tensor is read after a computed value was written into it")
             version = (id(tensor), tensor._version)
             if version not in self._constant_names:
-                name = f"_constant{len(self.constants)}"
+                name = self._free_name("_constant", len(self.constants))
                 # a copy, for the user may go on writing to it; the tensor is kept so that its id stays its own
                 self.constants[name] = tensor.detach().clone()
                 self._constant_names[version] = (name, tensor)
@@ -262,10 +248,15 @@ class GraphRecorder:
 
     def call_added_module(self, module: nn.Module, label: str, args: tuple[Any, ...], **kwargs: Any) -> Any:
         """Record the call of a module that is none of the user's tree."""
-        name = f"_{label}{len(self.added_modules)}"
+        name = self._free_name(f"_{label}", len(self.added_modules))
         module.eval()
         self.added_modules[name] = module
         return self.emit_labelled(label, "call_module", name, args, kwargs)
+
+    def _free_name(self, stem: str, number: int) -> str:
+        while hasattr(self.root, f"{stem}{number}"):
+            number += 1
+        return f"{stem}{number}"
 
     # -- writing in place
 
@@ -346,34 +337,6 @@ class GraphRecorder:
         owner, _, name = key.rpartition(".")
         found: Tensor = getattr(self.root.get_submodule(owner), name)
         return found
-
-
-def shorten(path: str) -> str:
-    """Path of a source file relative to where Python found it."""
-    best = ""
-    for place in (*sys.path, str(Path.cwd())):
-        prefix = str(Path(place or Path.cwd())).rstrip("/") + "/"
-        if path.startswith(prefix) and len(prefix) > len(best):
-            best = prefix
-    return path[len(best) :]
-
-
-def source_of(error: BaseException) -> str:
-    """`file:line` of the innermost line of the user's code in a traceback."""
-    found = container = ""
-    trace: TracebackType | None = error.__traceback__
-    while trace is not None:
-        name = trace.tb_frame.f_code.co_filename
-        if _is_users(name):
-            found = f"{shorten(name)}:{trace.tb_lineno}"
-        elif name.startswith(_TORCH_MODULES):
-            container = f"{shorten(name)}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found or container
-
-
-def _is_users(path: str) -> bool:
-    return not path.startswith((_TORCH + "/", _OWN + "/", "<frozen", "<string>")) and "/contextlib.py" not in path
 
 
 def _shares(node: fx.Node, storage: int | None) -> bool:

@@ -10,9 +10,7 @@ stay parameters; what is computed from buffers alone is computed once and become
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +18,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat.errors import TraceError
-from qat.graph.attention import multi_head_attention_module
 from qat.graph.hints import HINTED_BATCHES, Hints, cause_of, with_batch
 from qat.graph.naming import assign_names
+from qat.graph.patching import patched, restored
 from qat.graph.proxy import BatchShapeError, RecordingMode, TracedTensor, UntraceableError, is_traced
-from qat.graph.recorder import GraphRecorder, source_of
+from qat.graph.recorder import GraphRecorder
+from qat.graph.source import source_of
 from qat.graph.structure import Structure, describe
 
 #: torch's modules that are traced through: containers, and layers made of layers
@@ -147,7 +146,7 @@ def _trace(
     batches: tuple[int, int],
     static_batch: str | None,
 ) -> Traced:
-    with _restored(model):
+    with restored(model):
         model.eval()
         tracer = _Tracer(model, Hints(batches), batch)
         structure = tracer.run(args, kwargs)
@@ -189,7 +188,7 @@ class _Tracer(GraphRecorder):
             bound.arguments[name] = self._bind(name, value, bound.signature.parameters[name].kind)
         call = nn.Module.__call__
         try:
-            with self._patched(), RecordingMode(self), torch.no_grad():
+            with patched(self), RecordingMode(self), torch.no_grad():
                 result = call(self.root, *bound.args, **bound.kwargs)
                 structure, plain = describe(result, is_leaf=lambda v: is_traced(v) or isinstance(v, Tensor))
                 output = self.graph.output(self.lower(plain))
@@ -248,7 +247,7 @@ class _Tracer(GraphRecorder):
                 raise
             self.scope = scope
             self.roll_back(mark)
-            return self._call_island(path, module, args, kwargs, error)
+            return self._call_island(path, args, kwargs, error)
         finally:
             self.scope = scope
 
@@ -277,9 +276,7 @@ class _Tracer(GraphRecorder):
             raise UntraceableError(f"a {type(module).__name__} with parameters is made in a forward")
         return self.call_added_module(module, type(module).__name__.lower(), args, **kwargs)
 
-    def _call_island(
-        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception
-    ) -> Any:
+    def _call_island(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], error: Exception) -> Any:
         source, cause = source_of(error), cause_of(error)
         try:
             result = self.emit("call_module", path, args, kwargs)
@@ -293,7 +290,6 @@ class _Tracer(GraphRecorder):
             except Exception:  # noqa: BLE001 - the first cause is the one to tell
                 raise error from None
         self.islands[path] = Island(path, source, cause)
-        del module
         return result
 
     def _emit_really(self, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -309,43 +305,6 @@ class _Tracer(GraphRecorder):
             self.graph.erase_node(probe)
         both = (self.hints.fake(vals[0]), self.hints.fake(vals[1]))
         return self.record(both, None, "call_module", path, lowered, lowered_kwargs)
-
-    # -- torch's modules while they are recorded
-
-    @contextmanager
-    def _patched(self) -> Iterator[None]:
-        """Let calls of modules and reads of parameters in this thread come here.
-
-        torch.fx does the same; there is no other way to see a module being called.
-        """
-        thread = threading.get_ident()
-        call, get, attend = nn.Module.__call__, nn.Module.__getattr__, nn.MultiheadAttention.forward
-        fast_path = torch.backends.mha.get_fastpath_enabled()
-
-        def recording() -> bool:
-            return not self.paused and threading.get_ident() == thread
-
-        def patched_call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            return self.call_module(module, args, kwargs, call) if recording() else call(module, *args, **kwargs)
-
-        def patched_get(module: nn.Module, name: str) -> Any:
-            value = get(module, name)
-            return self.parameter(value) if recording() and type(value) is nn.Parameter else value
-
-        def patched_attend(module: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> Any:
-            return (multi_head_attention_module if recording() else attend)(module, *args, **kwargs)
-
-        nn.Module.__call__ = patched_call  # type: ignore[method-assign]
-        nn.Module.__getattr__ = patched_get  # type: ignore[method-assign]
-        nn.MultiheadAttention.forward = patched_attend  # type: ignore[method-assign, assignment]
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
-            nn.Module.__getattr__ = get  # type: ignore[method-assign]
-            nn.MultiheadAttention.forward = attend  # type: ignore[method-assign]
-            torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -364,31 +323,6 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 # -- before and after
-
-
-@contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward does to its modules: attributes that it sets, buffers that it updates, training flags."""
-    modules = list(model.modules())
-    states = [dict(module.__dict__) for module in modules]
-    tables = [
-        {name: dict(module.__dict__[name]) for name in ("_parameters", "_buffers", "_modules")} for module in modules
-    ]
-    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    versions = [buffer._version for buffer, _ in values]
-    try:
-        yield
-    finally:
-        for module, state, table in zip(modules, states, tables, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(state)
-            for name, entries in table.items():
-                module.__dict__[name].clear()
-                module.__dict__[name].update(entries)
-        with torch.no_grad():
-            for (buffer, value), version in zip(values, versions, strict=True):
-                if buffer._version != version:
-                    buffer.copy_(value)
 
 
 def _install(tracer: _Tracer) -> None:
