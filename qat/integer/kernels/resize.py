@@ -49,7 +49,8 @@ def resize_nearest(codes: Tensor, sizes: Sequence[int], scales: Scales = None) -
     y = codes.to(torch.int32)
     for d, (size, length, scale) in enumerate(_checked(sizes, codes.shape[2:], scales)):
         step = _ratio(length, size) if scale is None else torch.tensor(1.0 / scale, dtype=torch.float32)
-        if size in (length, 2 * length):  # PyTorch then takes the exact step, whatever the scale
+        # PyTorch then takes the exact step, whatever the scale, though not for a single dimension
+        if codes.dim() > 3 and size in (length, 2 * length):
             step = torch.tensor(length / size)
         source = torch.floor(torch.arange(size, dtype=torch.float32) * step).to(torch.int64)
         y = y.index_select(2 + d, source.clamp(max=length - 1).to(codes.device))
