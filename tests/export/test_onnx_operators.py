@@ -9,6 +9,7 @@ import torch
 from export_programs import B, Builder, bias, enc, execute, integer, samples, single, weight
 
 from qat.encoding import Encoding
+from qat.export.emitters.spatial import nearest_indices
 from qat.export.onnx import program_to_onnx
 from qat.export.verify import Verification, verify_onnx
 from qat.integer.program import Constant, Program
@@ -406,12 +407,21 @@ def test_resize(
 
 @pytest.mark.parametrize("size_in", range(1, 40))
 def test_nearest_resize_has_the_indices_of_pytorch(size_in: int) -> None:
-    from qat.export.emitters.spatial import _nearest_indices
-
     for size_out in range(1, 80):
         ramp = torch.arange(size_in, dtype=torch.float32)[None, None]
         expected = torch.nn.functional.interpolate(ramp, size=size_out, mode="nearest")[0, 0].long().tolist()
-        assert _nearest_indices(size_in, size_out, None).tolist() == expected, (size_in, size_out)
+        assert nearest_indices(size_in, size_out, None, 1).tolist() == expected, (size_in, size_out)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.5, 0.77, 1.1, 1.3, 1.5, 2.0, 2.1, 3.7])
+def test_nearest_resize_by_a_factor_has_the_indices_of_pytorch(scale: float) -> None:
+    for size_in in range(4, 40):
+        ramp = torch.arange(size_in, dtype=torch.float32)
+        line = torch.nn.functional.interpolate(ramp[None, None], scale_factor=scale, mode="nearest")[0, 0]
+        plane = ramp[None, None, None].expand(1, 1, size_in, size_in).contiguous()
+        row = torch.nn.functional.interpolate(plane, scale_factor=scale, mode="nearest")[0, 0, 0]
+        assert nearest_indices(size_in, len(line), scale, 1).tolist() == line.long().tolist(), size_in
+        assert nearest_indices(size_in, len(row), scale, 2).tolist() == row.long().tolist(), size_in
 
 
 @EVERY_DTYPE

@@ -12,9 +12,11 @@ from qat.integer.program import Op
 _PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge"}
 
 
-def _nearest_indices(size_in: int, size_out: int, scale: float | None) -> npt.NDArray[np.int64]:
+def nearest_indices(size_in: int, size_out: int, scale: float | None, rank: int) -> npt.NDArray[np.int64]:
     """Source index of each output position as PyTorch's `nearest` computes it (float32)."""
     step = np.float32(1.0 / scale) if scale else np.float32(size_in) / np.float32(size_out)
+    if rank > 1 and size_out in (size_in, 2 * size_in):  # PyTorch then takes the exact step, whatever the scale
+        step = np.float32(size_in / size_out)
     positions = np.floor(np.arange(size_out, dtype=np.float32) * step)
     indices: npt.NDArray[np.int64] = np.minimum(positions, size_in - 1).astype(np.int64)
     return indices
@@ -47,7 +49,7 @@ def resize(ctx: Context, op: Op) -> None:
     nearest = op.attrs["mode"] == "nearest"
     operand = ctx.value(x)
     if nearest:
-        ours = [_nearest_indices(*args) for args in zip(sizes_in, sizes_out, scales, strict=True)]
+        ours = [nearest_indices(*args, rank) for args in zip(sizes_in, sizes_out, scales, strict=True)]
         theirs = [_onnx_nearest_indices(*args) for args in zip(sizes_in, sizes_out, scales, strict=True)]
         if not all(np.array_equal(a, b) for a, b in zip(ours, theirs, strict=True)):
             _gather(ctx, op, operand, ours, outer)
