@@ -1,1 +1,39 @@
-"""qat."""
+"""`qat`: from a float PyTorch model to a verified integer one."""
+
+from qat.algorithms.calibrate import calibrate
+from qat.analysis.compare import Comparison, compare
+from qat.encoding import Encoding, Encodings
+from qat.errors import QatError
+from qat.export.model import export_onnx
+from qat.graph.plan import Plan
+from qat.graph.prepare import plan, prepare
+from qat.graph.prepared import PreparedModel
+from qat.integer.model import IntegerModel, convert
+from qat.scheme import Granularity, ObserverSpec, Scheme
+from qat.schemes import LayerRule, Schemes
+from qat.targets import Target, load_target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Comparison",
+    "Encoding",
+    "Encodings",
+    "Granularity",
+    "IntegerModel",
+    "LayerRule",
+    "ObserverSpec",
+    "Plan",
+    "PreparedModel",
+    "QatError",
+    "Scheme",
+    "Schemes",
+    "Target",
+    "calibrate",
+    "compare",
+    "convert",
+    "export_onnx",
+    "load_target",
+    "plan",
+    "prepare",
+]

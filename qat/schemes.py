@@ -171,5 +171,6 @@ def _known(data: Mapping[str, Any], keys: set[str], where: str) -> None:
         if key not in keys:
             near = difflib.get_close_matches(str(key), keys, n=1)
             raise SchemeError(
-                f"unknown key {where}.{key}", f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(sorted(keys))}"
+                f"unknown key {where}.{key}",
+                f"did you mean {near[0]!r}?" if near else f"legal: {', '.join(sorted(keys))}",
             )

@@ -1,7 +1,7 @@
 """`Program`: a converted network as flat, typed data, the one thing that executors and exporters read.
 
-A program knows nothing of modules, observers or files. Its operators are the canonical kinds of `docs/architecture.md`; a
-tensor that has an encoding holds integer codes, one that has none holds floats.
+A program knows nothing of modules, observers or files. Its operators are the canonical kinds of
+`docs/architecture.md`; a tensor that has an encoding holds integer codes, one that has none holds floats.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ class TensorInfo:
     """A value that flows through the program.
 
     Attributes:
-        name: Unique in the program: the user's tensor name, with `FLOAT_SUFFIX` for the float side of a quantized value.
+        name: Unique in the program: the user's tensor name, with `FLOAT_SUFFIX` for the float side of a quantized
+            value.
         shape: Sizes; a negative size -k means k times the batch size.
         encoding: How its codes are read, or None for a float (or index) tensor.
         dtype: Element type where there is no encoding.

@@ -26,7 +26,18 @@ from qat.scheme import Granularity, GranularityKind, Scheme, int_type
 from qat.targets.target import OperatorRule, OutputRule, Target
 
 SCHEMA_VERSION = 1
-_KEYS = {"schema", "name", "title", "version", "numerics", "dynamic_batch", "activations", "weights", "dtypes", "operators"}
+_KEYS = {
+    "schema",
+    "name",
+    "title",
+    "version",
+    "numerics",
+    "dynamic_batch",
+    "activations",
+    "weights",
+    "dtypes",
+    "operators",
+}
 _RULE_KEYS = {"dtypes", "granularity", "output", "fixed"}
 _SCHEME_KEYS = {"dtype", "symmetric", "granularity", "qmin", "qmax"}
 
@@ -136,7 +147,7 @@ def _rule(data: Any, sets: Mapping[str, frozenset[tuple[str, str]]], where: str)
     if not isinstance(data, dict):
         raise TargetError(f"{where} is not a mapping", "see the schema in qat.targets.load")
     _known(data, _RULE_KEYS, where)
-    dtypes = data.get("dtypes")
+    dtypes = str(data.get("dtypes"))
     if dtypes not in sets:
         raise TargetError(f"{where} names the unknown dtype set {dtypes!r}", f"use one of {', '.join(sets)}")
     output, fixed = data.get("output", "own"), data.get("fixed")

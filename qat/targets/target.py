@@ -89,9 +89,7 @@ class Target:
             dynamic_batch=self.dynamic_batch and other.dynamic_batch,
             activations=self.activations,
             weights=self.weights,
-            operators={
-                kind: self.operators[kind].intersect(other.operators[kind], kind) for kind in kinds
-            },
+            operators={kind: self.operators[kind].intersect(other.operators[kind], kind) for kind in kinds},
         )
 
     def refusal(self, kind: str, activation: str, weight: Scheme | None) -> str | None:

@@ -24,9 +24,9 @@ def layer_norm(
 ) -> Tensor:
     """Layer normalization over the last axes: DequantizeLinear, LayerNormalization, QuantizeLinear.
 
-    The runtime's float32 result is reproduced to the bit (1.31 on x86 with AVX2): the mean from a double sum, the squared
-    deviations by fused multiply-adds in 8 lanes that are folded in halves, then `(x - mean) * inverse * weight + bias` with a
-    fused last step. Elsewhere the last bits may differ, and a code where it is next to a tie.
+    The runtime's float32 result is reproduced to the bit (1.31 on x86 with AVX2): the mean from a double sum, the
+    squared deviations by fused multiply-adds in 8 lanes that are folded in halves, then `(x - mean) * inverse * weight
+    + bias` with a fused last step. Elsewhere the last bits may differ, and a code where it is next to a tie.
 
     Args:
         codes: Integer, any shape.
@@ -63,7 +63,8 @@ def _two_passes(rows: Tensor) -> tuple[Tensor, Tensor]:
     deviations = (rows - mean[:, None]).t().contiguous()
     whole = len(deviations) // _LANES * _LANES
     lanes = torch.zeros((_LANES, rows.shape[0]), dtype=torch.float32, device=rows.device)
-    for block in deviations[:whole].split(_LANES):
+    for start in range(0, whole, _LANES):
+        block = deviations[start : start + _LANES]
         lanes = fma(block, block, lanes)
     while len(lanes) > 1:
         half = len(lanes) // 2

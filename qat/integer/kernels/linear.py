@@ -199,8 +199,8 @@ def subpixel_weights(w_codes: Tensor, stride: Sequence[int], groups: int = 1) ->
 
     A transposed convolution of stride s is s**d ordinary convolutions, one for each phase of the output,
     interleaved. With m = ceil(kernel / stride) taps a phase, the equivalent graph is: Conv with this weight,
-    stride 1 and padding m - 1 on all sides; Reshape and Transpose of (C_out, *stride) so that the phases
-    interleave; Slice to crop the padding.
+    stride 1 and padding m - 1 on all sides; DepthToSpace (mode CRD, two
+    dimensions) or Reshape and Transpose so that the phases interleave; Slice to crop the padding.
 
     Args:
         w_codes: Integer, shape (C_in, C_out / groups, *kernel).

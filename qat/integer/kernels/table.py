@@ -138,6 +138,11 @@ def softplus_with(beta: float, threshold: float) -> RealFunction:
     return compute
 
 
+def sqrt(x: Tensor) -> Tensor:
+    """Square root, correctly rounded (PyTorch's float32 one is not everywhere); nan below zero."""
+    return torch.sqrt(x.double()).to(torch.float32)
+
+
 #: Functions without parameters.
 FUNCTIONS: Mapping[str, RealFunction] = MappingProxyType(
     {

@@ -1,0 +1,1 @@
+"""Post-training algorithms: each a function of a prepared model."""

@@ -1,0 +1,1 @@
+"""Looking at what quantization does to a model."""

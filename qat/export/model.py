@@ -1,0 +1,92 @@
+"""`export_onnx`: from a prepared model to a verified ONNX file."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qat.errors import StateError
+from qat.export.verify import ExportResult, Level, export_program
+from qat.graph.batches import model_inputs
+from qat.graph.prepared import PreparedModel
+from qat.integer.model import IntegerModel, convert
+from qat.integer.program import Program
+
+
+def execute(imodel: IntegerModel) -> Any:
+    """Return the executor of an integer model, as verification wants it."""
+
+    def run(program: Program, inputs: tuple[Tensor, ...], names: set[str]) -> Mapping[str, Tensor]:
+        return imodel.run(inputs, names)
+
+    return run
+
+
+def export_onnx(
+    qmodel: PreparedModel,
+    path: str | os.PathLike[str],
+    *,
+    samples: Iterable[Any] | None = None,
+    verify: Level | Literal[False] = "outputs",
+    bound: float = 1.0,
+    unequal_share: float | None = 0.01,
+    dynamic_batch: bool = True,
+    batch_size: int = 1,
+    opset: int = 21,
+    name: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> ExportResult:
+    """Write a calibrated or trained model as ONNX (QDQ), execute it in ONNX Runtime and compare it code by code.
+
+    Args:
+        qmodel: The model.
+        path: The file to write; it appears under this name only when everything held.
+        samples: Batches to execute, as for `calibrate`; None for the samples that calibration has kept.
+        verify: `outputs`, `layers` (every quantized tensor is compared), or False.
+        bound: Largest difference in codes that an output may have.
+        unequal_share: Share of an output's codes that may differ at all, or None.
+        dynamic_batch: Leave the batch size open.
+        batch_size: Batch size where it is not open.
+        opset: Version of the standard operators.
+        name: Name of the graph.
+        metadata: Further entries of the model's metadata.
+
+    Raises:
+        StateError: The model was not calibrated, or there are no samples to verify on.
+        ExportError: It cannot be expressed, or an accumulator may overflow; the layer is named.
+        VerificationError: The runtime's result differs by more than the bounds.
+        OutputError: The file cannot be written.
+    """
+    imodel = convert(qmodel)
+    batches: list[tuple[Tensor, ...]] = []
+    if verify:
+        given = [qmodel.samples] if samples is None and qmodel.samples else samples
+        if given is None:
+            raise StateError("there are no samples to verify the export on", "give samples, or calibrate first")
+        batches = [tuple(x.cpu() for x in model_inputs(qmodel, batch)) for batch in given]
+        if not dynamic_batch:
+            batches = [part for batch in batches for part in _split(batch, batch_size)]
+    return export_program(
+        imodel.program,
+        path,
+        batches,
+        execute(imodel.to(torch.device("cpu"))),
+        bound=bound,
+        unequal_share=unequal_share,
+        verify=verify,
+        dynamic_batch=dynamic_batch,
+        batch_size=batch_size,
+        opset=opset,
+        name=name or "model",
+        metadata=metadata,
+    )
+
+
+def _split(batch: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
+    """Cut a batch into whole batches of a fixed size."""
+    count = len(batch[0]) // size
+    return [tuple(x[i * size : (i + 1) * size] for x in batch) for i in range(count)]

@@ -1,0 +1,174 @@
+"""`Plan`: what becomes integer, what stays float, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qat.files import atomic_write_text
+from qat.scheme import Scheme
+
+Decision = Literal["integer", "inherits", "fused", "float", "constant"]
+Role = Literal["input", "parameter", "activation", "weight"]
+
+
+@dataclass(frozen=True)
+class PlanEntry:
+    """What the plan says of one tensor.
+
+    Attributes:
+        name: Tensor name, or `state_dict` key of a weight.
+        role: `input` of the model, `parameter` that an operator reads as a tensor, `activation`, or `weight`.
+        kind: Canonical kind of the operator that computes it ("" for inputs and parameters).
+        decision: `integer`: has codes from a range of its own or of its tie group; `inherits`: has the codes' encoding
+            of `source_tensor`; `fused`: exists only inside the operator that ends in `source_tensor`; `float`;
+            `constant`: folded into a constant.
+        scheme: How it is quantized, or None.
+        quantizer: Name of the tensor whose range it uses (its own name, or the head of its tie group), or None.
+        source_tensor: See `decision`.
+        fixed: Prescribed range, or None.
+        reason: Why.
+        macs: Multiply-accumulates of its operator for one sample.
+        source: `file:line` of the user's code.
+        computed: Whether the operator that produces it computes in integers (a float operator's output can still be
+            quantized for an integer consumer).
+    """
+
+    name: str
+    role: Role
+    kind: str
+    decision: Decision
+    scheme: Scheme | None = None
+    quantizer: str | None = None
+    source_tensor: str | None = None
+    fixed: tuple[float, float] | None = None
+    reason: str = ""
+    macs: int = 0
+    source: str = ""
+    computed: bool = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object of the entry."""
+        return {
+            "name": self.name,
+            "role": self.role,
+            "kind": self.kind,
+            "decision": self.decision,
+            "scheme": self.scheme.describe() if self.scheme else None,
+            "quantizer": self.quantizer,
+            "source_tensor": self.source_tensor,
+            "fixed": list(self.fixed) if self.fixed else None,
+            "reason": self.reason,
+            "macs": self.macs,
+            "source": self.source,
+            "computed": "integer" if self.computed else "float",
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for every tensor of a model; prints as a table.
+
+    Attributes:
+        target: Name of the target it was made for.
+        numerics: Numerics profile of the target.
+        entries: Decisions by tensor name, in execution order.
+        warnings: Things that the user should know, such as a layer pattern that matches nothing.
+    """
+
+    target: str
+    numerics: str
+    entries: Mapping[str, PlanEntry]
+    warnings: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> PlanEntry:
+        return self.entries[name]
+
+    def __iter__(self) -> Iterator[PlanEntry]:
+        return iter(self.entries.values())
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the model for one sample."""
+        return sum(e.macs for e in self if e.role != "weight")
+
+    @property
+    def integer_macs(self) -> int:
+        """Multiply-accumulates that are computed in integers."""
+        return sum(e.macs for e in self if e.role != "weight" and e.computed)
+
+    @property
+    def integer_share(self) -> float:
+        """Share of the multiply-accumulates that is computed in integers, 0 to 1."""
+        return self.integer_macs / self.macs if self.macs else 0.0
+
+    def left_float(self) -> tuple[PlanEntry, ...]:
+        """Operators that are computed in float."""
+        return tuple(e for e in self if e.role == "activation" and not e.computed and e.decision != "constant")
+
+    def tie_groups(self) -> dict[str, tuple[str, ...]]:
+        """Tensors that share one range, by the name of the group's head; groups of one are left out."""
+        groups: dict[str, list[str]] = {}
+        for e in self:
+            if e.decision == "integer" and e.quantizer and e.role != "weight":
+                groups.setdefault(e.quantizer, []).append(e.name)
+        return {head: tuple(names) for head, names in groups.items() if len(names) > 1}
+
+    def summary(self) -> str:
+        """Return two or three lines: share of integer multiply-accumulates and what stays float."""
+        computed = [e for e in self if e.role == "activation" and e.decision not in ("fused", "constant")]
+        integer = sum(e.computed for e in computed)
+        lines = [
+            f"target {self.target}, numerics {self.numerics}: {integer} of {len(computed)} operators integer, "
+            + f"{100 * self.integer_share:.2f} % of {self.macs / 1e6:.1f} M MACs"
+        ]
+        lines += [f"float: {e.name} ({e.kind}): {e.reason}" for e in self.left_float()]
+        lines += [f"warning: {w}" for w in self.warnings]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        header = ("tensor", "operator", "decision", "scheme", "why", "MACs")
+        rows = [header]
+        rows += [
+            (
+                e.name,
+                e.kind or e.role,
+                e.decision
+                if e.computed or e.role != "activation" or e.decision == "float"
+                else f"{e.decision} (float op)",
+                e.scheme.describe() if e.scheme and e.decision == "integer" else "",
+                e.reason,
+                f"{e.macs:,}" if e.macs and e.role != "weight" else "",
+            )
+            for e in self
+        ]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+        table = "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+        return f"{table}\n\n{self.summary()}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON document of the plan."""
+        return {
+            "schema": "qat-plan",
+            "version": 1,
+            "target": self.target,
+            "numerics": self.numerics,
+            "macs": self.macs,
+            "integer_macs": self.integer_macs,
+            "warnings": list(self.warnings),
+            "tensors": [e.to_json() for e in self],
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan: a table, or JSON where the name ends in `.json`.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        text = json.dumps(self.to_json(), indent=1) if str(path).endswith(".json") else str(self)
+        atomic_write_text(Path(path), text + "\n")

@@ -1,0 +1,301 @@
+"""Deciding what of an operator graph becomes integer on a target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from qat.errors import PlanError
+from qat.graph.operators import ParamRef
+from qat.graph.opgraph import GraphOp, OpGraph
+from qat.graph.plan import Plan, PlanEntry
+from qat.scheme import Granularity, Scheme
+from qat.schemes import Schemes
+from qat.targets import Target
+
+#: operators whose result may be clamped before it is quantized, at no cost
+_CLAMPED = frozenset(
+    {"conv", "conv_transpose", "linear", "matmul", "batch_norm", "add", "sub", "mul", "div", "mean", "avg_pool"}
+)
+#: operators that only move codes; the encoding of the output is the input's
+_MOVING = frozenset({"max_pool", "reshape", "transpose", "slice", "expand", "identity", "rescale", "chain"})
+_TIED = frozenset({"concat", "stack"})
+
+
+def plan_graph(graph: OpGraph, target: Target, schemes: Schemes) -> Plan:
+    """Plan every value and weight of an operator graph.
+
+    Raises:
+        PlanError: Nothing can be quantized.
+    """
+    planner = _Planner(graph, target, schemes)
+    entries = planner.entries()
+    if not any(e.computed and e.role == "activation" and e.decision != "constant" for e in entries.values()):
+        first = next((e.reason for e in entries.values() if e.decision == "float" and e.reason), "it has no operators")
+        raise PlanError(f"the model has nothing to quantize ({first})", "check the target, the scheme and the layers")
+    warnings = [
+        f"scheme.layers: the pattern {pattern!r} matches no tensor" for pattern in schemes.unmatched(list(graph.ops))
+    ]
+    return Plan(target.name, target.numerics, entries, tuple(warnings))
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Operators that are executed as one: `ops[0]` computes, a batch norm and a clamp may follow."""
+
+    ops: tuple[GraphOp, ...]
+
+    @property
+    def batch_norm(self) -> GraphOp | None:
+        """The batch norm that is folded into the weights."""
+        return next((op for op in self.ops[1:] if op.kind == "batch_norm"), None)
+
+    @property
+    def clamp(self) -> GraphOp | None:
+        """The clamp that ends the fusion."""
+        return self.ops[-1] if len(self.ops) > 1 and self.ops[-1].kind == "clamp" else None
+
+
+def find_fusions(graph: OpGraph) -> dict[str, Fusion]:
+    """Find `conv|linear [+ batch norm] [+ clamp]` and `operator + clamp`, by the name of the last tensor.
+
+    Every operator belongs to exactly one fusion. A batch norm is folded only if it alone reads the result of the
+    operator before it, and if every use of that operator's weight is followed by the same batch norm.
+    """
+    users = graph.users()
+    only_user = {name: ops[0] for name, ops in users.items() if len(ops) == 1 and name not in graph.outputs}
+    norm_of_weight: dict[str, set[str]] = {}
+    for op in graph.ops.values():
+        if op.weight:
+            after = only_user.get(op.name)
+            norm_of_weight.setdefault(op.weight.key, set()).add(_norm_key(after) if after else "")
+    taken: set[str] = set()
+    fusions: dict[str, Fusion] = {}
+    for op in graph.ops.values():
+        if op.name in taken:
+            continue
+        chain = [op]
+        after = only_user.get(op.name)
+        if op.weight and after is not None and after.kind == "batch_norm" and _foldable(op):
+            key = _norm_key(after)
+            # one scaling a weight, and a module to take it from
+            if key and norm_of_weight[op.weight.key] == {key}:
+                chain.append(after)
+                after = only_user.get(after.name)
+        if op.kind in _CLAMPED and after is not None and after.kind == "clamp":
+            chain.append(after)
+        taken.update(o.name for o in chain)
+        fusions[chain[-1].name] = Fusion(tuple(chain))
+    return fusions
+
+
+def _norm_key(op: GraphOp) -> str:
+    """What tells one batch norm module from another: the place of its running mean."""
+    mean = op.inputs[3] if op.kind == "batch_norm" else None
+    return f"{mean.module}.{mean.attribute}" if isinstance(mean, ParamRef) else ""
+
+
+def _foldable(op: GraphOp) -> bool:
+    return op.kind != "conv_transpose" or op.attrs.get("groups", 1) == 1
+
+
+class _Planner:
+    """The state of one planning run; `entries` is its result."""
+
+    def __init__(self, graph: OpGraph, target: Target, schemes: Schemes) -> None:
+        self.graph, self.target, self.schemes = graph, target, schemes
+        self.fusions = find_fusions(graph)
+        self.fusion_of = {op.name: end for end, fusion in self.fusions.items() for op in fusion.ops}
+        self.constants = graph.constants()
+        self.users = graph.users()
+        self.reasons = {end: self._refusal(fusion) for end, fusion in self.fusions.items()}
+        self.wanted = self._wanted()
+        self.heads: dict[str, str] = {}
+
+    # -- which operators can be integer
+
+    def _refusal(self, fusion: Fusion) -> str | None:
+        """Why a fusion is computed in float, or None."""
+        op = fusion.ops[0]
+        if any(self.schemes.is_float(o.name) for o in fusion.ops):
+            return "float by the scheme's layers"
+        if op.kind == "island":
+            return str(op.attrs.get("cause", "no integer form"))
+        scheme = self._activation_scheme(fusion.ops[-1].name)
+        for kind in self._kinds(op):
+            refusal = self.target.refusal(kind, scheme.dtype, self._weight_scheme(op))
+            if refusal:
+                return refusal
+        return None
+
+    @staticmethod
+    def _kinds(op: GraphOp) -> tuple[str, ...]:
+        if op.kind == "chain":
+            return tuple(dict.fromkeys("slice" if kind == "roll" else kind for kind, _ in op.attrs["steps"]))
+        return ("concat",) if op.kind == "stack" else (op.kind,)
+
+    def _activation_scheme(self, name: str) -> Scheme:
+        return self.schemes.activation(name)
+
+    def _weight_scheme(self, op: GraphOp) -> Scheme | None:
+        if op.weight is None:
+            return None
+        scheme = self.schemes.weight(op.name)
+        if scheme.granularity.kind != "per_channel":
+            return scheme
+        if op.kind == "conv_transpose":
+            # ONNX and TFLite share a scale over axis 1 of [Cin, Cout/groups, ...]; with groups that is not one a
+            # channel
+            grouped = op.attrs.get("groups", 1) > 1
+            return scheme.with_(granularity=Granularity() if grouped else Granularity("per_channel", 1))
+        return scheme.with_(granularity=Granularity("per_channel", 0))
+
+    # -- which values need codes
+
+    def _moves(self, op: GraphOp) -> bool:
+        """Whether the operator's output has the input's encoding."""
+        if op.kind == "pad":
+            return op.attrs.get("mode") != "constant" or op.attrs.get("value", 0.0) == 0.0
+        if op.kind == "resize" and op.attrs.get("mode") == "nearest":
+            return True
+        if op.kind in _MOVING:
+            return True
+        rule = self.target.operators.get(op.kind)
+        return rule is not None and rule.output == "inherit"
+
+    def _wanted(self) -> set[str]:
+        """Values that some integer operator reads, directly or through operators that only move codes."""
+        wanted: set[str] = set()
+        for end, fusion in reversed(self.fusions.items()):
+            op = fusion.ops[0]
+            if self.reasons[end] is not None:
+                continue
+            if not self._moves(op) or end in wanted:
+                wanted.update(t for o in fusion.ops for t in o.tensors)
+        return wanted
+
+    # -- entries
+
+    def entries(self) -> dict[str, PlanEntry]:
+        entries: dict[str, PlanEntry] = {}
+        for name in self.graph.inputs:
+            entries[name] = self._leaf(name, "input")
+        for name in self.graph.parameters:
+            entries[name] = self._leaf(name, "parameter")
+        for end, fusion in self.fusions.items():
+            for inner in fusion.ops[:-1]:
+                into = fusion.ops[-1]
+                entries[inner.name] = PlanEntry(
+                    inner.name, "activation", inner.kind, "fused", source_tensor=end, macs=inner.macs,
+                    reason=f"computed with {into.name} ({into.kind})", source=inner.source,
+                    computed=self.reasons[end] is None,
+                )  # fmt: skip
+            entries[end] = self._operator(end, fusion, entries)
+            weight = self._weight_entry(fusion)
+            if weight is not None and weight.name not in entries:
+                entries[weight.name] = weight
+        return self._tie(entries)
+
+    def _leaf(self, name: str, role: Literal["input", "parameter"]) -> PlanEntry:
+        if name not in self.wanted or name not in self.graph.shapes:
+            return PlanEntry(name, role, "", "float", reason="no integer operator reads it", computed=False)
+        if role == "parameter" and all(user.name in self.constants for user in self.users.get(name, [])):
+            return PlanEntry(name, "parameter", "", "constant", reason="folded", computed=False)
+        reason = "model input" if role == "input" else "constant operand"
+        scheme = self._activation_scheme(name)
+        return PlanEntry(name, role, "", "integer", scheme, name, reason=reason, computed=False)
+
+    def _operator(self, end: str, fusion: Fusion, entries: Mapping[str, PlanEntry]) -> PlanEntry:
+        op, last, refusal = fusion.ops[0], fusion.ops[-1], self.reasons[end]
+        entry = PlanEntry(end, "activation", last.kind, "float", macs=last.macs, source=op.source)
+        if end in self.constants:
+            if all(user.name in self.constants for user in self.users.get(end, [])) or end not in self.wanted:
+                return replace(entry, decision="constant", reason="depends on parameters only", computed=False)
+            return replace(
+                entry, role="parameter", decision="integer", scheme=self._activation_scheme(end), quantizer=end,
+                computed=False, reason="constant operand",
+            )  # fmt: skip
+        moves_floats = self._moves(op) and entries[op.tensors[0]].decision in ("float", "constant")
+        if refusal is None and moves_floats and end not in self.wanted:
+            return replace(entry, reason="its input is float", computed=False)
+        if refusal is not None:
+            if end in self.wanted:
+                return replace(
+                    entry, decision="integer", scheme=self._activation_scheme(end), quantizer=end, computed=False,
+                    reason=f"float operator ({refusal}); quantized for its integer readers",
+                )  # fmt: skip
+            return replace(entry, reason=refusal, computed=False)
+        if self._moves(op):
+            source = op.tensors[0]
+            how = "the codes of" if op.kind != "rescale" else "a multiple of the scale of"
+            return replace(
+                entry, decision="inherits", scheme=entries[source].scheme, source_tensor=source, reason=f"{how} {source}"
+            )
+        rule = self.target.operators.get("concat" if op.kind == "stack" else op.kind)
+        fixed = rule.fixed if rule is not None and rule.output == "fixed" else None
+        reason = "+".join(o.kind for o in fusion.ops) if len(fusion.ops) > 1 else "range of its own"
+        return replace(
+            entry, decision="integer", scheme=self._activation_scheme(end), quantizer=end, fixed=fixed,
+            reason="range fixed by the target" if fixed else reason,
+        )  # fmt: skip
+
+    def _weight_entry(self, fusion: Fusion) -> PlanEntry | None:
+        op = fusion.ops[0]
+        if op.weight is None:
+            return None
+        scheme = self._weight_scheme(op)
+        if self.reasons[fusion.ops[-1].name] is not None:
+            return PlanEntry(op.weight.key, "weight", op.kind, "float", reason=f"{op.name} is float", computed=False)
+        norm = fusion.batch_norm
+        return PlanEntry(
+            op.weight.key, "weight", op.kind, "integer", scheme, op.weight.key, macs=0,
+            source_tensor=norm.name if norm else None, reason=f"with {norm.name} folded in" if norm else "",
+        )  # fmt: skip
+
+    # -- ties
+
+    def _tie(self, entries: dict[str, PlanEntry]) -> dict[str, PlanEntry]:
+        """Give all inputs and the output of each concat one quantizer, where their schemes allow it."""
+        head = {name: name for name, e in entries.items() if e.decision == "integer"}
+
+        def find(name: str) -> str:
+            while head[name] != name:
+                head[name] = head[head[name]]
+                name = head[name]
+            return name
+
+        order = {name: position for position, name in enumerate(entries)}
+        tied: set[str] = set()
+        for fusion in self.fusions.values():
+            op = fusion.ops[0]
+            if op.kind not in _TIED or entries[op.name].decision != "integer" or not entries[op.name].computed:
+                continue
+            for source in op.tensors:
+                root = self._owner(source, entries)
+                if root is None or not _compatible(entries[root], entries[op.name]):
+                    continue
+                a, b = find(root), find(op.name)
+                first, second = (a, b) if order[a] <= order[b] else (b, a)
+                head[second] = first
+                tied.update((root, op.name))
+        for name in tied:
+            group = find(name)
+            e = entries[name]
+            reason = e.reason if group == name else f"{e.reason}; tied to {group}"
+            entries[name] = replace(e, quantizer=group, reason=reason)
+        return entries
+
+    @staticmethod
+    def _owner(name: str, entries: Mapping[str, PlanEntry]) -> str | None:
+        """The tensor whose range `name` uses, or None where its codes are rescaled on the way or it is float."""
+        e = entries[name]
+        while e.decision == "inherits":
+            if e.kind == "rescale" or e.source_tensor is None:
+                return None
+            e = entries[e.source_tensor]
+        return e.name if e.decision == "integer" else None
+
+
+def _compatible(a: PlanEntry, b: PlanEntry) -> bool:
+    return a.fixed is None and b.fixed is None and a.scheme == b.scheme

@@ -1,0 +1,461 @@
+"""Lowering: a calibrated `PreparedModel` becomes a `Program`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from qat.encoding import Encoding
+from qat.graph.operators import ParamRef, ScalarConst
+from qat.graph.opgraph import GraphOp
+from qat.graph.plan import PlanEntry
+from qat.graph.planner import Fusion, find_fusions
+from qat.graph.prepared import PreparedModel, rescaled
+from qat.graph.subgraph import constant_value, cut, node_values
+from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program, TensorInfo
+from qat.integer.shapes import step_shape
+from qat.integer.weights import Affine, folded, norm_affine, parameter, quantize_affine, storage
+from qat.scheme import Granularity, Scheme
+
+_WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
+
+
+@dataclass(frozen=True)
+class OutputStructure:
+    """Puts a flat list of outputs into the structure that the user's model returns.
+
+    Attributes:
+        template: The structure, with `Slot`s where tensors go.
+    """
+
+    template: Any
+
+    def __call__(self, flat: list[Any]) -> Any:
+        """Return the structure filled with `flat`."""
+        return _fill(self.template, flat)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Place of the output number `index`."""
+
+    index: int
+
+
+def _fill(template: Any, flat: list[Any]) -> Any:
+    if isinstance(template, Slot):
+        return flat[template.index]
+    if isinstance(template, tuple):
+        items = [_fill(t, flat) for t in template]
+        return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
+    if isinstance(template, list):
+        return [_fill(t, flat) for t in template]
+    if isinstance(template, Mapping):
+        return type(template)((k, _fill(v, flat)) for k, v in template.items())  # type: ignore[call-arg]
+    return template
+
+
+def lower(prepared: PreparedModel) -> Program:
+    """Turn a calibrated model into a program of integer operators.
+
+    Weights and biases become codes with batch norm folded in, derived encodings are resolved, fused operators become
+    one, and floats are converted where a float and an integer operator meet.
+
+    Raises:
+        StateError: A tensor was not calibrated; it is named.
+        ExportError: A weight or bias cannot be expressed; the operator is named.
+    """
+    with torch.no_grad():
+        return _Lowering(prepared).run()
+
+
+class _Lowering:
+    """The state of one lowering; `run` is its result."""
+
+    def __init__(self, prepared: PreparedModel) -> None:
+        self.prepared = prepared
+        self.graph, self.plan = prepared.opgraph, prepared.plan
+        self.encodings = prepared.encodings()
+        self.constant_names = self.graph.constants()
+        self.fx_nodes = {node.name: node for node in prepared.graph.nodes}
+        self.fx_values = node_values(prepared)
+        self.ops: list[Op] = []
+        self.tensors: dict[str, TensorInfo] = {}
+        self.constants: dict[str, Constant] = {}
+        self.alias: dict[str, str] = {}
+
+    def run(self) -> Program:
+        inputs = tuple(self._input(name) for name in self.graph.inputs)
+        for end, fusion in find_fusions(self.graph).items():
+            if end not in self.constant_names:
+                self._fusion(self.plan[end], fusion)
+        outputs = tuple(self.floats(name) for name in self.graph.outputs)
+        return Program(
+            inputs=inputs,
+            outputs=outputs,
+            ops=tuple(self.ops),
+            tensors=self.tensors,
+            constants=self.constants,
+            pack_outputs=OutputStructure(self._output_template()),
+            numerics=self.plan.numerics,
+        )
+
+    def _output_template(self) -> Any:
+        count = iter(range(len(self.graph.outputs)))
+        output = next(node for node in reversed(self.prepared.graph.nodes) if node.op == "output")
+
+        def slot(node: fx.Node) -> Any:
+            return Slot(next(count)) if node in self.fx_values else None
+
+        return fx.node.map_arg(output.args[0], slot)
+
+    # -- values
+
+    def _input(self, name: str) -> str:
+        dtype = self._dtype(name)
+        entry = self.plan.entries.get(name)
+        if entry is None or entry.decision == "float":
+            self._tensor(name, name, None, dtype)
+            return name
+        twin = name + FLOAT_SUFFIX
+        self._tensor(twin, name, None, dtype)
+        self._emit("quantize", name, (twin,), self._tensor(name, name, self.encodings[name]))
+        return twin
+
+    def _dtype(self, name: str) -> torch.dtype:
+        vals = self.fx_nodes[self.graph.nodes[name]].meta.get("vals")
+        value = vals[0] if vals else None
+        return value.dtype if isinstance(value, Tensor) else torch.float32
+
+    def _tensor(self, name: str, shape_of: str, encoding: Encoding | None, dtype: torch.dtype = torch.float32) -> str:
+        shape = self.graph.shapes[shape_of]
+        return self._new(name, shape, encoding, dtype)
+
+    def _new(
+        self, name: str, shape: tuple[int, ...], encoding: Encoding | None, dtype: torch.dtype = torch.float32
+    ) -> str:
+        self.tensors[name] = TensorInfo(name, tuple(shape), encoding, dtype)
+        return name
+
+    def _emit(
+        self, kind: str, name: str, inputs: tuple[str, ...], output: str, attrs: Mapping[str, Any] | None = None,
+        macs: int = 0,
+    ) -> None:  # fmt: skip
+        self.ops.append(Op(kind, name, inputs, (output,), dict(attrs or {}), None, macs))
+
+    def _constant(self, name: str, value: Tensor, encoding: Encoding | None) -> str:
+        self.constants[name] = Constant(name, value, encoding)
+        return name
+
+    def codes(self, name: str) -> str:
+        """Name of the tensor or constant that holds the codes of a value."""
+        name = self.alias.get(name, name)
+        if name in self.constant_names and name not in self.constants:
+            encoding = self.encodings[name]
+            codes = encoding.quantize(constant_value(self.prepared, name).float())
+            self._constant(name, storage(codes, encoding.dtype), encoding)
+        return name
+
+    def floats(self, name: str) -> str:
+        """Name of the tensor or constant that holds the floats of a value."""
+        name = self.alias.get(name, name)
+        if name in self.constant_names:
+            twin = name + FLOAT_SUFFIX
+            if twin not in self.constants:
+                self._constant(twin, constant_value(self.prepared, name), None)
+            return twin
+        if self.tensors.get(name) is not None and self.tensors[name].encoding is None:
+            return name
+        twin = name + FLOAT_SUFFIX
+        if twin not in self.tensors:
+            self._emit("dequantize", name, (name,), self._new(twin, self.tensors[name].shape, None))
+        return twin
+
+    # -- operators
+
+    def _fusion(self, entry: PlanEntry, fusion: Fusion) -> None:
+        op = fusion.ops[0]
+        if entry.computed:
+            self._integer(entry, fusion)
+        elif op.kind == "island":
+            self._island(op)
+            self._quantize_result(entry)
+        else:
+            self._float(entry, fusion)
+            self._quantize_result(entry)
+
+    def _quantize_result(self, entry: PlanEntry) -> None:
+        """Quantize what a float operator gave, where integer operators read it."""
+        if entry.decision == "integer":
+            name = entry.name
+            self._emit("quantize", name, (name + FLOAT_SUFFIX,), self._tensor(name, name, self.encodings[name]))
+
+    def _result(self, entry: PlanEntry) -> str:
+        """Name of the float result of a float operator."""
+        name = entry.name + FLOAT_SUFFIX if entry.decision == "integer" else entry.name
+        return self._tensor(name, entry.name, None, self._dtype(entry.name))
+
+    def _island(self, op: GraphOp) -> None:
+        node = self.fx_nodes[op.node]
+        call, names = cut(self.prepared, node, self.fx_values)
+        outputs = (self._result(self.plan[op.name]),)
+        inputs = tuple(self.floats(n) for n in names)
+        self.ops.append(Op("island", op.name, inputs, outputs, {"cause": op.attrs.get("cause", "")}, call, op.macs))
+
+    def _integer(self, entry: PlanEntry, fusion: Fusion) -> None:
+        op, end = fusion.ops[0], entry.name
+        encoding = self.encodings[end]
+        bounds = _clamp_codes(fusion.clamp, encoding) if fusion.clamp is not None else None
+        result = end if bounds is None else op.name
+        self._tensor(result, op.name, encoding if result == end else encoding.derived(f"clamped into {end}"))
+        self._compute(op, fusion, result, encoding)
+        if bounds is not None:
+            self._tensor(end, end, encoding)
+            assert fusion.clamp is not None
+            self._emit("clamp", end, (result,), end, fusion.clamp.attrs)
+
+    def _compute(self, op: GraphOp, fusion: Fusion, result: str, encoding: Encoding) -> None:
+        """Emit the integer operator `op`, whose codes go to the tensor `result`."""
+        if op.kind in _WEIGHTED:
+            self._weighted(op, folded(self.prepared, fusion), result)
+        elif op.kind == "batch_norm":
+            self._batch_norm(op, result)
+        elif op.kind in ("layer_norm", "prelu"):
+            parameters = tuple(self._float_parameter(i) for i in op.inputs[1:])
+            self._emit(op.kind, op.name, (self.codes(op.tensors[0]), *parameters), result, op.attrs)
+        elif op.kind == "identity":
+            del self.tensors[result]
+            self.alias[op.name] = self.codes(op.tensors[0])
+        elif op.kind == "concat":
+            inputs = tuple(self._requantized(self.codes(t), encoding) for t in op.tensors)
+            self._emit("concat", op.name, inputs, result, op.attrs)
+        elif op.kind == "stack":
+            self._stack(op, result, encoding)
+        elif op.kind == "chain":
+            self._chain(op, self.codes(op.tensors[0]), result)
+        elif op.kind == "pad" and not self._same_grid(op.tensors[0], encoding):
+            source = self._requantized(self.codes(op.tensors[0]), encoding)
+            self._emit("pad", op.name, (source,), result, op.attrs)
+        else:
+            inputs = tuple(self._operand(op, i, scalar) for i, scalar in enumerate(op.inputs))
+            self._emit(op.kind, op.name, inputs, result, op.attrs, op.macs)
+
+    def _same_grid(self, name: str, encoding: Encoding) -> bool:
+        held = self.tensors[self.codes(name)].encoding
+        return held is not None and held.same_grid(encoding)
+
+    def _operand(self, op: GraphOp, position: int, item: str | ParamRef | ScalarConst | None) -> str:
+        if isinstance(item, str):
+            return self.codes(item)
+        if isinstance(item, ScalarConst):
+            key = f"{op.name}.scalar{position}"
+            dtype = self.encodings[self.plan[op.name].source_tensor or self._end(op.name)].dtype
+            encoding, codes = _scalar(item.value, dtype)
+            return self._constant(key, codes, encoding)
+        return ""
+
+    def _end(self, name: str) -> str:
+        return name if name in self.encodings else str(self.plan[name].source_tensor)
+
+    def _float_parameter(self, item: str | ParamRef | ScalarConst | None) -> str:
+        if not isinstance(item, ParamRef):
+            return ""
+        if item.key not in self.constants:
+            self._constant(item.key, parameter(self.prepared, item)[0].float(), None)
+        return item.key
+
+    def _requantized(self, source: str, encoding: Encoding) -> str:
+        held = self._held(source)
+        if held is None or held.same_grid(encoding):
+            return source
+        name = f"{source}:as:{encoding.dtype}:{encoding.scale[0]:.9g}:{encoding.zero_point[0]}"
+        if name not in self.tensors:
+            shape = self.tensors[source].shape if source in self.tensors else tuple(self.constants[source].value.shape)
+            self._emit("requantize", name, (source,), self._new(name, shape, encoding.derived(f"requantized {source}")))
+        return name
+
+    def _held(self, source: str) -> Encoding | None:
+        return self.constants[source].encoding if source in self.constants else self.tensors[source].encoding
+
+    # -- operators with weights
+
+    def _weighted(self, op: GraphOp, affine: Affine, result: str) -> None:
+        assert op.weight is not None
+        source = self.codes(op.tensors[0])
+        held, scheme = self._held(source), self.plan[op.weight.key].scheme
+        assert held is not None
+        assert scheme is not None
+        weight_key, bias_key = op.weight.key, _bias_key(op)
+        if weight_key in self.constants:
+            # a reused module: another input scale asks for another bias
+            weight_key, bias_key = f"{weight_key}#{op.name}", f"{bias_key}#{op.name}"
+        weight, bias = quantize_affine(op.name, (weight_key, bias_key), affine, scheme, held)
+        self._emit_weighted(op, source, weight, bias, result, op.attrs)
+
+    def _emit_weighted(
+        self, op: GraphOp, source: str, weight: Constant, bias: Constant | None, result: str, attrs: Mapping[str, Any],
+        kind: str | None = None,
+    ) -> None:  # fmt: skip
+        self.constants[weight.name] = weight
+        if bias is not None:
+            self.constants[bias.name] = bias
+        inputs = (source, weight.name, bias.name if bias is not None else "")
+        self._emit(kind or op.kind, op.name, inputs, result, attrs, op.macs)
+
+    def _batch_norm(self, op: GraphOp, result: str) -> None:
+        """A batch norm that could not be folded is a depthwise convolution with kernel 1."""
+        source = self.codes(op.tensors[0])
+        held = self._held(source)
+        assert held is not None
+        factor, shift = norm_affine(self.prepared, op)
+        shape = self.tensors[result].shape
+        spatial = max(len(shape) - 2, 1)
+        weight_value = factor.float().reshape(-1, 1, *([1] * spatial))
+        affine = Affine(weight_value, shift, 0, None, weight_value)
+        scheme = Scheme(dtype="int8", symmetric=True, granularity=Granularity("per_channel", 0), qmin=-127)
+        keys = (f"{op.name}.weight", f"{op.name}.bias")
+        weight, bias = quantize_affine(op.name, keys, affine, scheme, held)
+        attrs = {
+            "stride": (1,) * spatial, "padding": ((0, 0),) * spatial, "dilation": (1,) * spatial,
+            "groups": factor.numel(),
+        }  # fmt: skip
+        if len(shape) > 2:
+            self._emit_weighted(op, source, weight, bias, result, attrs, "conv")
+            return
+        columns = (*shape, 1)
+        before = self._new(f"{op.name}:columns", columns, held.derived(f"reshape of {source}"))
+        self._emit("reshape", before, (source,), before, {"shape": _open_batch(columns)})
+        after = self._new(f"{op.name}:normalized", columns, self.tensors[result].encoding)
+        self._emit_weighted(op, before, weight, bias, after, attrs, "conv")
+        self._emit("reshape", op.name, (after,), result, {"shape": _open_batch(shape)})
+
+    # -- sequences of data movements
+
+    def _chain(self, op: GraphOp, source: str, result: str) -> None:
+        steps = list(op.attrs["steps"])
+        for number, (kind, attrs) in enumerate(steps):
+            last = number == len(steps) - 1
+            target = result
+            if not last:
+                held = self._held(source)
+                step_encoding = (
+                    held if held is None or kind != "rescale" else rescaled(held, attrs["factor"], "rescale")
+                )
+                shape = step_shape(kind, attrs, self.tensors[source].shape)
+                target = self._new(f"{op.name}:{number}", shape, step_encoding)
+            self._move(op.name if last else target, kind, attrs, source, target)
+            source = target
+
+    def _move(self, name: str, kind: str, attrs: Mapping[str, Any], source: str, target: str) -> None:
+        if kind != "roll":
+            self._emit(kind, name, (source,), target, attrs)
+            return
+        shape, held = self.tensors[source].shape, self._held(source)
+        pairs = [(s, a) for s, a in zip(attrs["shifts"], attrs["axes"], strict=True) if s % shape[a]]
+        for number, (shift, axis) in enumerate(pairs):
+            cut_at = shape[axis] - shift % shape[axis]
+            halves = []
+            for label, start, end in (("tail", cut_at, shape[axis]), ("head", 0, cut_at)):
+                half_shape = tuple(end - start if d == axis else s for d, s in enumerate(shape))
+                half = self._new(f"{name}:{label}{number}", half_shape, held)
+                self._emit(
+                    "slice", half, (source,), half, {"axes": (axis,), "starts": (start,), "ends": (end,), "steps": (1,)}
+                )
+                halves.append(half)
+            last = number == len(pairs) - 1
+            joined = target if last else self._new(f"{name}:rolled{number}", shape, held)
+            self._emit("concat", name if last else joined, tuple(halves), joined, {"axis": axis})
+            source = joined
+        if not pairs:
+            self._emit("reshape", name, (source,), target, {"shape": _open_batch(shape)})
+
+    def _stack(self, op: GraphOp, result: str, encoding: Encoding | None) -> None:
+        axis = op.attrs["axis"]
+        columns = []
+        for number, tensor in enumerate(op.tensors):
+            source = self.codes(tensor) if encoding is not None else self.floats(tensor)
+            if encoding is not None:
+                source = self._requantized(source, encoding)
+            shape = list(self.tensors[source].shape)
+            shape.insert(axis, 1)
+            column = self._new(f"{op.name}:column{number}", tuple(shape), self._held(source))
+            self._emit("reshape", column, (source,), column, {"shape": _open_batch(tuple(shape))})
+            columns.append(column)
+        self._emit("concat", op.name, tuple(columns), result, {"axis": axis})
+
+    # -- float operators
+
+    def _float(self, entry: PlanEntry, fusion: Fusion) -> None:
+        op = fusion.ops[0]
+        result = self._result(entry)
+        first = result if fusion.clamp is None else self._tensor(op.name + FLOAT_SUFFIX, op.name, None)
+        if op.kind in _WEIGHTED:
+            affine = folded(self.prepared, fusion)
+            assert op.weight is not None
+            key, bias_key = op.weight.key, ""
+            self._constant(key, affine.weight, None)
+            if affine.bias is not None:
+                bias_key = self._constant(_bias_key(op), affine.bias.float(), None)
+            self._emit(op.kind, op.name, (self.floats(op.tensors[0]), key, bias_key), first, op.attrs, op.macs)
+        elif op.kind == "batch_norm":
+            self._float_batch_norm(op, first)
+        elif op.kind == "chain":
+            self._chain(op, self.floats(op.tensors[0]), first)
+        elif op.kind == "roll":
+            self._move(op.name, op.kind, op.attrs, self.floats(op.tensors[0]), first)
+        elif op.kind == "stack":
+            self._stack(op, first, None)
+        else:
+            inputs = tuple(self._float_operand(op, number, item) for number, item in enumerate(op.inputs))
+            self._emit(op.kind, op.name, inputs, first, op.attrs, op.macs)
+        if fusion.clamp is not None:
+            self._emit("clamp", entry.name, (first,), result, fusion.clamp.attrs)
+
+    def _float_operand(self, op: GraphOp, position: int, item: str | ParamRef | ScalarConst | None) -> str:
+        if isinstance(item, str):
+            return self.floats(item)
+        if isinstance(item, ScalarConst):
+            return self._constant(f"{op.name}.scalar{position}", torch.tensor(item.value), None)
+        return self._float_parameter(item)
+
+    def _float_batch_norm(self, op: GraphOp, result: str) -> None:
+        factor, shift = norm_affine(self.prepared, op)
+        shape = [-1 if d == 1 else 1 for d in range(len(self.graph.shapes[op.name]))]
+        scale = self._constant(f"{op.name}.scale", factor.float().reshape(shape), None)
+        offset = self._constant(f"{op.name}.shift", shift.float().reshape(shape), None)
+        scaled = self._new(f"{op.name}:scaled", self.graph.shapes[op.name], None)
+        self._emit("mul", scaled, (self.floats(op.tensors[0]), scale), scaled)
+        self._emit("add", op.name, (scaled, offset), result)
+
+
+def _bias_key(op: GraphOp) -> str:
+    reference = op.inputs[2] if len(op.inputs) > 2 else None
+    if isinstance(reference, ParamRef):
+        return reference.key
+    assert op.weight is not None
+    prefix = op.weight.key.rpartition(".")[0]
+    return f"{prefix}.bias" if prefix else "bias"
+
+
+def _open_batch(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(-1 if size < 0 else size for size in shape)
+
+
+def _clamp_codes(clamp: GraphOp, encoding: Encoding) -> tuple[int, int] | None:
+    """Codes that a clamp leaves, or None where every code of the encoding is left."""
+    low, high = clamp.attrs["low"], clamp.attrs["high"]
+    first = encoding.qmin if low is None else int(encoding.quantize(torch.tensor(float(low))))
+    last = encoding.qmax if high is None else int(encoding.quantize(torch.tensor(float(high))))
+    return None if (first, last) == (encoding.qmin, encoding.qmax) else (first, last)
+
+
+def _scalar(value: float, dtype: str) -> tuple[Encoding, Tensor]:
+    """Return an encoding that holds one number (to float32 rounding) and its code."""
+    encoding = Encoding.from_range(
+        min(value, 0.0), max(value, 0.0), Scheme(dtype=dtype), provenance="fixed", method="scalar"
+    )
+    return encoding, storage(encoding.quantize(torch.tensor(value)), dtype)

@@ -1,0 +1,170 @@
+"""`IntegerModel`: a program that runs in PyTorch, exact to its numerics profile."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import DataError, ExportError, StateError
+from qat.graph.prepared import PreparedModel
+from qat.integer import floats
+from qat.integer.kernels.requantize import dequantize, quantize
+from qat.integer.lower import lower
+from qat.integer.operators import CODE_OPERATORS, Operand, qparams
+from qat.integer.program import Op, Program
+
+
+class IntegerModel(nn.Module):
+    """A converted network: integer codes between integer operators, floats at the borders and in float islands.
+
+    The arguments of `forward` are the tensors of the user's model, in its order; it returns what the user's model
+    returns.
+
+    Args:
+        program: What to run.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.program = program
+        self._keys = {name: f"constant_{index}" for index, name in enumerate(program.constants)}
+        for name, constant in program.constants.items():
+            self.register_buffer(self._keys[name], constant.value)
+        last_use: dict[str, int] = {}
+        for position, op in enumerate(program.ops):
+            last_use.update(dict.fromkeys(op.inputs, position))
+        self._last_use = last_use
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
+        """Run the network.
+
+        Args:
+            *args: The model's tensor inputs, float32 (or integer where the model reads indices), batch first.
+            **kwargs: Inputs by name.
+
+        Raises:
+            DataError: A missing or superfluous input, or one of another shape or dtype; it is named.
+        """
+        results = self._execute(self._inputs(args, kwargs), frozenset(self.program.outputs))
+        return self.program.pack_outputs([results[name] for name in self.program.outputs])
+
+    @torch.no_grad()
+    def run(self, inputs: tuple[Tensor, ...], collect: Collection[str] = ()) -> dict[str, Tensor]:
+        """Run the network and return named tensors of the program: codes (int32) where they are quantized, else floats.
+
+        Args:
+            inputs: The model's tensor inputs in order.
+            collect: Names in `program.tensors`; none means the program's outputs.
+        """
+        wanted = frozenset(collect) or frozenset(self.program.outputs)
+        unknown = sorted(wanted - set(self.program.tensors))
+        if unknown:
+            raise StateError(f"the program has no tensor {unknown[0]!r}", "see program.tensors")
+        return self._execute(self._inputs(inputs, {}), wanted)
+
+    # -- running
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        names = {self.program.tensors[n].public_name: n for n in self.program.inputs}
+        given = dict(zip(names, args, strict=False))
+        if len(args) > len(names):
+            raise DataError(f"{len(args)} inputs for a model of {len(names)}", f"give {', '.join(names)}")
+        for key, value in kwargs.items():
+            if key not in names or key in given:
+                raise DataError(f"unexpected input {key!r}", f"the inputs are {', '.join(names)}")
+            given[key] = value
+        found: dict[str, Tensor] = {}
+        for public, name in names.items():
+            if public not in given:
+                raise DataError(f"the input {public!r} is missing", f"give {', '.join(names)}")
+            found[name] = self._checked(public, name, given[public])
+        return found
+
+    def _checked(self, public: str, name: str, value: object) -> Tensor:
+        info = self.program.tensors[name]
+        if not isinstance(value, Tensor):
+            raise DataError(f"the input {public!r} is a {type(value).__name__}", "give a tensor")
+        if value.is_floating_point() != info.dtype.is_floating_point:
+            raise DataError(f"the input {public!r} has dtype {value.dtype}", f"give {info.dtype}")
+        fits = value.dim() == len(info.shape) and all(
+            want < 0 or want == have for want, have in zip(info.shape, value.shape, strict=False)
+        )
+        if not fits:
+            want = "x".join("batch" if s < 0 else str(s) for s in info.shape)
+            raise DataError(f"the input {public!r} has shape {tuple(value.shape)}", f"give {want}")
+        return value.to(info.dtype)
+
+    def _batch(self, inputs: dict[str, Tensor]) -> int:
+        for name, value in inputs.items():
+            for want, have in zip(self.program.tensors[name].shape, value.shape, strict=True):
+                if want < 0:
+                    return have // -want
+        return 1
+
+    @torch.no_grad()
+    def _execute(self, inputs: dict[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = dict(inputs)
+        collected = {name: value for name, value in values.items() if name in wanted}
+        batch = self._batch(inputs)
+        for position, op in enumerate(self.program.ops):
+            for name, value in zip(op.outputs, self._run_op(op, values, batch), strict=True):
+                values[name] = value
+                if name in wanted:
+                    collected[name] = value
+            for name in op.inputs:
+                if self._last_use[name] == position:
+                    values.pop(name, None)
+        for name in wanted:
+            if name not in collected and name in self.program.constants:
+                collected[name] = self._read(name, values).value
+        return collected
+
+    def _read(self, name: str, values: dict[str, Tensor]) -> Operand:
+        if name in self._keys:
+            return Operand(getattr(self, self._keys[name]), self.program.constants[name].encoding)
+        return Operand(values[name], self.program.tensors[name].encoding)
+
+    def _run_op(self, op: Op, values: dict[str, Tensor], batch: int) -> tuple[Tensor, ...]:
+        inputs = [self._read(name, values) if name else None for name in op.inputs]
+        encoding = self.program.tensors[op.outputs[0]].encoding
+        if op.kind == "island":
+            assert op.call is not None
+            result = op.call(*(i.value for i in inputs if i is not None))
+            return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        if op.kind == "quantize":
+            assert inputs[0] is not None
+            return (quantize(inputs[0].value, qparams(encoding)),)
+        if op.kind == "dequantize":
+            assert inputs[0] is not None
+            return (dequantize(inputs[0].value, inputs[0].params),)
+        if op.kind == "expand":
+            return (floats.expand(op.attrs, [inputs[0].value if inputs[0] else None], batch),)
+        if encoding is None:
+            return (self._run_float(op, inputs),)
+        run = CODE_OPERATORS.get(op.kind)
+        if run is None:
+            raise ExportError(f"{op.name}: no integer operator {op.kind!r}", "leave the layer float")
+        return (run(op.attrs, inputs, encoding),)
+
+    @staticmethod
+    def _run_float(op: Op, inputs: list[Operand | None]) -> Tensor:
+        run = floats.FLOAT_OPERATORS.get(op.kind)
+        if run is None:
+            raise ExportError(f"{op.name}: no float operator {op.kind!r}", "leave the module out of tracing")
+        return run(op.attrs, [None if i is None else i.value for i in inputs])
+
+
+def convert(qmodel: PreparedModel) -> IntegerModel:
+    """Return the integer model of a calibrated or trained `PreparedModel`.
+
+    Every operator that the plan calls integer reads and writes codes and accumulates in integers, in the numerics
+    profile of the plan's target.
+
+    Raises:
+        StateError: A tensor was not calibrated; it is named.
+        ExportError: A weight or bias cannot be expressed in integers; the operator is named.
+    """
+    return IntegerModel(lower(qmodel)).eval()

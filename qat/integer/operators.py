@@ -1,0 +1,244 @@
+"""Canonical operators on codes, in the `onnx` numerics profile: the bridge from a program to the kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qat.encoding import Encoding
+from qat.integer import floats
+from qat.integer.kernels import elementwise, layer_norm, layout, linear, normalize, pool, resize, table
+from qat.integer.kernels.qparams import QParams
+from qat.integer.kernels.requantize import dequantize, quantize, requantize_codes
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor or constant as an operator reads it.
+
+    Attributes:
+        value: Codes, or floats where there is no encoding.
+        encoding: How codes are read.
+    """
+
+    value: Tensor
+    encoding: Encoding | None
+
+    @property
+    def params(self) -> QParams:
+        """Per-tensor parameters of the codes."""
+        return qparams(self.encoding)
+
+
+def qparams(encoding: Encoding | None) -> QParams:
+    """Per-tensor kernel parameters of an encoding."""
+    assert encoding is not None
+    return QParams(encoding.scale[0], encoding.zero_point[0], encoding.qmin, encoding.qmax)
+
+
+CodeOperator = Callable[[Mapping[str, Any], list[Operand | None], Encoding], Tensor]
+
+
+def _sides(padding: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """ONNX order: all begins, then all ends."""
+    return tuple(begin for begin, _ in padding) + tuple(end for _, end in padding)
+
+
+def _weight(operand: Operand, axis: int) -> tuple[Tensor, Tensor]:
+    """Return codes with the zero point subtracted, and the scale: () or (channels,)."""
+    encoding = operand.encoding
+    assert encoding is not None
+    zero = encoding.zero_point_tensor.to(operand.value.device)
+    if zero.dim():
+        shape = [-1 if d == axis else 1 for d in range(operand.value.dim())]
+        zero = zero.reshape(shape)
+    return operand.value.to(torch.int32) - zero, encoding.scale_tensor.to(operand.value.device)
+
+
+def _conv(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    x, weight, bias = inputs
+    assert x is not None
+    assert weight is not None
+    codes, scale = _weight(weight, 0)
+    return linear.conv(
+        x.value, x.params, codes, scale, None if bias is None else bias.value, qparams(y),
+        attrs["stride"], _sides(attrs["padding"]), attrs["dilation"], attrs["groups"],
+    )  # fmt: skip
+
+
+def _conv_transpose(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    x, weight, bias = inputs
+    assert x is not None
+    assert weight is not None
+    codes, scale = _weight(weight, 1)
+    return linear.conv_transpose(
+        x.value, x.params, codes, scale, None if bias is None else bias.value, qparams(y),
+        attrs["stride"], _sides(attrs["padding"]), attrs["output_padding"], attrs["dilation"], attrs["groups"],
+    )  # fmt: skip
+
+
+def _linear(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    x, weight, bias = inputs
+    assert x is not None
+    assert weight is not None
+    assert weight.encoding is not None
+    bias_codes = None if bias is None else bias.value
+    if weight.encoding.granularity.kind == "per_group":
+        real = linear.linear_per_group(x.value, x.params, weight.value, weight.encoding)
+        if bias is not None and bias.encoding is not None:
+            real = real + bias.encoding.dequantize(bias.value)
+        return quantize(real, qparams(y))
+    codes, scale = _weight(weight, 0)
+    return linear.linear(x.value, x.params, codes, scale, bias_codes, qparams(y))
+
+
+def _binary(run: Callable[..., Tensor]) -> CodeOperator:
+    def compute(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+        a, b = inputs
+        assert a is not None
+        assert b is not None
+        return run(a.value, a.params, b.value, b.params, qparams(y))
+
+    return compute
+
+
+def _clamp(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    low, high = attrs["low"], attrs["high"]
+    clip = table.clip(-torch.inf if low is None else low, torch.inf if high is None else high)
+    return table.apply_table(x.value, table.lookup_table(clip, x.params, qparams(y)), x.params)
+
+
+def _table(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    function = table.function_of(attrs["function"], attrs.get("params") or {})
+    return table.apply_table(x.value, table.lookup_table(function, x.params, qparams(y)), x.params)
+
+
+def _prelu(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    x, slope = inputs
+    assert x is not None
+    assert slope is not None
+    return table.prelu(x.value, x.params, slope.value, qparams(y))
+
+
+def _softmax(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    return normalize.softmax(x.value, x.params, qparams(y), attrs["axis"])
+
+
+def _layer_norm(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    x, weight, bias = inputs
+    assert x is not None
+    return layer_norm.layer_norm(
+        x.value, x.params, None if weight is None else weight.value, None if bias is None else bias.value, qparams(y),
+        attrs["axes_count"], attrs["eps"],
+    )  # fmt: skip
+
+
+def _max_pool(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    return pool.max_pool(
+        x.value, attrs["kernel"], attrs["stride"], _sides(attrs["padding"]), attrs["dilation"], attrs["ceil_mode"]
+    )
+
+
+def _avg_pool(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    return pool.avg_pool(
+        x.value, x.params, qparams(y), attrs["kernel"], attrs["stride"], _sides(attrs["padding"]), attrs["ceil_mode"],
+        attrs["count_include_pad"],
+    )  # fmt: skip
+
+
+def _mean(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    return pool.reduce_mean(x.value, x.params, qparams(y), attrs["axes"], attrs["keepdims"])
+
+
+def _resize(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    if attrs["mode"] == "nearest":
+        return requantize_codes(
+            resize.resize_nearest(x.value, attrs["size"], attrs.get("scales")), x.params, qparams(y)
+        )
+    if x.value.dim() == 4:
+        return resize.resize_bilinear(
+            x.value, x.params, qparams(y), attrs["size"], attrs["align_corners"], attrs.get("scales")
+        )
+    return quantize(floats.resize(attrs, [dequantize(x.value, x.params)]), qparams(y))
+
+
+def _pad(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    # reflection wants the pads of the spatial dimensions, all of them and no others
+    spatial = len(attrs["pads"]) if attrs["mode"] == "constant" else max(x.value.dim() - 2, 1)
+    flat = [side for pair in reversed(attrs["pads"][-spatial:]) for side in pair]
+    return layout.pad(x.value, x.params, flat, attrs["mode"], attrs.get("value") or 0.0)
+
+
+def _concat(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    return layout.concat([(i.value, i.params) for i in inputs if i is not None], qparams(y), attrs["axis"])
+
+
+def _requantize(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    return requantize_codes(x.value, x.params, qparams(y))
+
+
+def _rescale(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    (x,) = inputs
+    assert x is not None
+    return x.value.to(torch.int32)
+
+
+def _move(run: floats.FloatOperator) -> CodeOperator:
+    def compute(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+        (x,) = inputs
+        assert x is not None
+        return run(attrs, [x.value])
+
+    return compute
+
+
+#: operators on codes by kind
+CODE_OPERATORS: Mapping[str, CodeOperator] = MappingProxyType(
+    {
+        "conv": _conv,
+        "conv_transpose": _conv_transpose,
+        "linear": _linear,
+        "matmul": _binary(linear.matmul),
+        "add": _binary(elementwise.add),
+        "sub": _binary(elementwise.sub),
+        "mul": _binary(elementwise.mul),
+        "div": _binary(elementwise.div),
+        "clamp": _clamp,
+        "table": _table,
+        "prelu": _prelu,
+        "softmax": _softmax,
+        "layer_norm": _layer_norm,
+        "max_pool": _max_pool,
+        "avg_pool": _avg_pool,
+        "mean": _mean,
+        "resize": _resize,
+        "pad": _pad,
+        "concat": _concat,
+        "requantize": _requantize,
+        "rescale": _rescale,
+        **{kind: _move(run) for kind, run in floats.MOVES.items()},
+    }
+)
