@@ -121,10 +121,8 @@ class Plan:
         """Return two or three lines: share of integer multiply-accumulates and what stays float."""
         computed = [e for e in self if e.role == "activation" and e.decision not in ("fused", "constant")]
         integer = sum(e.computed for e in computed)
-        lines = [
-            f"target {self.target}, numerics {self.numerics}: {integer} of {len(computed)} operators integer, "
-            + f"{100 * self.integer_share:.2f} % of {self.macs / 1e6:.1f} M MACs"
-        ]
+        share = f"{100 * self.integer_share:.2f} % of {self.macs / 1e6:.1f} M MACs"
+        lines = [f"{self.target}, numerics {self.numerics}: {integer} of {len(computed)} operators integer, {share}"]
         lines += [f"float: {e.name} ({e.kind}): {e.reason}" for e in self.left_float()]
         lines += [f"warning: {w}" for w in self.warnings]
         return "\n".join(lines)

@@ -229,9 +229,8 @@ class _Planner:
         if self._moves(op):
             source = op.tensors[0]
             how = "the codes of" if op.kind != "rescale" else "a multiple of the scale of"
-            return replace(
-                entry, decision="inherits", scheme=entries[source].scheme, source_tensor=source, reason=f"{how} {source}"
-            )
+            reason, scheme = f"{how} {source}", entries[source].scheme
+            return replace(entry, decision="inherits", scheme=scheme, source_tensor=source, reason=reason)
         rule = self.target.operators.get("concat" if op.kind == "stack" else op.kind)
         fixed = rule.fixed if rule is not None and rule.output == "fixed" else None
         reason = "+".join(o.kind for o in fusion.ops) if len(fusion.ops) > 1 else "range of its own"

@@ -77,7 +77,13 @@ def prepare(
     _parametrize_weights(root, found)
     dtypes = _input_dtypes(found)
     quantizers = _insert_quantizers(found)
-    return PreparedModel(root, found.traced.graph, found.opgraph, found.plan, quantizers, dtypes)
+    for node in found.traced.graph.nodes:
+        # fake values can be neither pickled nor kept cheaply
+        vals = node.meta.pop("vals", None)
+        if vals is not None and isinstance(vals[0], torch.Tensor):
+            node.meta["dtype"] = vals[0].dtype
+    traced = found.traced
+    return PreparedModel(root, traced.graph, found.opgraph, found.plan, quantizers, dtypes, traced.structure)
 
 
 def _input_dtypes(found: _Analysis) -> dict[str, torch.dtype]:

@@ -13,6 +13,7 @@ from qat.encoding import Encoding, Encodings
 from qat.errors import CheckpointError, EncodingError, StateError
 from qat.graph.opgraph import OpGraph
 from qat.graph.plan import Plan
+from qat.graph.structure import Structure
 from qat.quantizers import FakeQuantize, Phase, WeightFakeQuantize
 from qat.quantizers.phases import (
     FLOAT,
@@ -47,6 +48,7 @@ class PreparedModel(nn.Module):
         plan: The plan that was followed.
         quantizers: Activation quantizers by tensor name.
         input_dtypes: Element type of each tensor input.
+        structure: What the user's model returns.
 
     Attributes:
         samples: A few real inputs that calibration keeps, for the verification of exports; not part of the state.
@@ -62,6 +64,7 @@ class PreparedModel(nn.Module):
         plan: Plan,
         quantizers: Mapping[str, FakeQuantize],
         input_dtypes: Mapping[str, torch.dtype],
+        structure: Structure,
     ) -> None:
         super().__init__()
         self._modules.update(root._modules)
@@ -72,6 +75,7 @@ class PreparedModel(nn.Module):
         self.opgraph = opgraph
         self.plan = plan
         self.input_dtypes = dict(input_dtypes)
+        self.structure = structure
         self.samples: tuple[Tensor, ...] = ()
         self.training = root.training
         self._frozen: tuple[str, ...] = ()
@@ -85,7 +89,8 @@ class PreparedModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with fake quantization, as the current phase says."""
-        return self._run(self, *args, **kwargs)
+        result = self._run(self, *args, **kwargs)
+        return result if self.structure.form == "leaf" else self.structure.restore(result)
 
     # -- copying and state
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from qat.encoding import Encoding
 from qat.graph.operators import ParamRef, ScalarConst
@@ -15,6 +15,7 @@ from qat.graph.opgraph import GraphOp
 from qat.graph.plan import PlanEntry
 from qat.graph.planner import Fusion, find_fusions
 from qat.graph.prepared import PreparedModel, rescaled
+from qat.graph.structure import Structure
 from qat.graph.subgraph import constant_value, cut, node_values
 from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program, TensorInfo
 from qat.integer.shapes import step_shape
@@ -25,38 +26,20 @@ _WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
 
 
 @dataclass(frozen=True)
-class OutputStructure:
-    """Puts a flat list of outputs into the structure that the user's model returns.
+class PackOutputs:
+    """Puts a flat list of output tensors into the structure that the user's model returns.
 
     Attributes:
-        template: The structure, with `Slot`s where tensors go.
+        structure: The structure.
+        slots: For each of its leaves the number of the tensor, or None for a leaf that is none.
     """
 
-    template: Any
+    structure: Structure
+    slots: tuple[int | None, ...]
 
     def __call__(self, flat: list[Any]) -> Any:
         """Return the structure filled with `flat`."""
-        return _fill(self.template, flat)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Place of the output number `index`."""
-
-    index: int
-
-
-def _fill(template: Any, flat: list[Any]) -> Any:
-    if isinstance(template, Slot):
-        return flat[template.index]
-    if isinstance(template, tuple):
-        items = [_fill(t, flat) for t in template]
-        return type(template)(*items) if hasattr(template, "_fields") else tuple(items)
-    if isinstance(template, list):
-        return [_fill(t, flat) for t in template]
-    if isinstance(template, Mapping):
-        return type(template)((k, _fill(v, flat)) for k, v in template.items())  # type: ignore[call-arg]
-    return template
+        return self.structure.pack([None if slot is None else flat[slot] for slot in self.slots])
 
 
 def lower(prepared: PreparedModel) -> Program:
@@ -100,18 +83,16 @@ class _Lowering:
             ops=tuple(self.ops),
             tensors=self.tensors,
             constants=self.constants,
-            pack_outputs=OutputStructure(self._output_template()),
+            pack_outputs=self._pack_outputs(),
             numerics=self.plan.numerics,
         )
 
-    def _output_template(self) -> Any:
-        count = iter(range(len(self.graph.outputs)))
+    def _pack_outputs(self) -> PackOutputs:
+        structure = self.prepared.structure
         output = next(node for node in reversed(self.prepared.graph.nodes) if node.op == "output")
-
-        def slot(node: fx.Node) -> Any:
-            return Slot(next(count)) if node in self.fx_values else None
-
-        return fx.node.map_arg(output.args[0], slot)
+        numbers = iter(range(len(self.graph.outputs)))
+        leaves = structure.flatten(output.args[0])
+        return PackOutputs(structure, tuple(next(numbers) if leaf in self.fx_values else None for leaf in leaves))
 
     # -- values
 
@@ -127,9 +108,8 @@ class _Lowering:
         return twin
 
     def _dtype(self, name: str) -> torch.dtype:
-        vals = self.fx_nodes[self.graph.nodes[name]].meta.get("vals")
-        value = vals[0] if vals else None
-        return value.dtype if isinstance(value, Tensor) else torch.float32
+        dtype: torch.dtype = self.fx_nodes[self.graph.nodes[name]].meta.get("dtype", torch.float32)
+        return dtype
 
     def _tensor(self, name: str, shape_of: str, encoding: Encoding | None, dtype: torch.dtype = torch.float32) -> str:
         shape = self.graph.shapes[shape_of]
