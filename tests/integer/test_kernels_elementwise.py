@@ -133,7 +133,7 @@ def test_fused_multiply_add_rounds_once() -> None:
     a = torch.cat([a, torch.tensor([1.0, 1.0])])
     b = torch.cat([b, torch.tensor([1.0 + 2.0**-23, 1.0 + 2.0**-23])])
     c = torch.cat([c, torch.tensor([2.0**-24 * (1 + 2.0**-23), 2.0**-24 + 2.0**-47])])
-    result = elementwise._fma(a, b, c)
+    result = elementwise.fma(a, b, c)
     for x, y, z, r in zip(a.tolist(), b.tolist(), c.tolist(), result.tolist(), strict=True):
         exact = Fraction(x) * Fraction(y) + Fraction(z)
         value = torch.tensor(r, dtype=torch.float32)
