@@ -16,7 +16,8 @@ from kernels_ort import (
     unequal,
 )
 
-from qat.integer.kernels.normalize import PROBABILITY, layer_norm, qlinear_softmax, softmax
+from qat.integer.kernels.layer_norm import layer_norm
+from qat.integer.kernels.normalize import PROBABILITY, qlinear_softmax, softmax
 from qat.integer.kernels.qparams import QParams
 from qat.integer.kernels.requantize import dequantize
 

@@ -10,7 +10,8 @@ family a file:
 - `elementwise`: addition, subtraction, multiplication, division of two tensors.
 - `table`: unary functions as lookup tables, and PReLU.
 - `pool`: max, average and global average pooling, mean over axes.
-- `normalize`: softmax and layer normalization.
+- `normalize`: softmax.
+- `layer_norm`: layer normalization.
 - `resize`: nearest and linear interpolation.
 - `layout`: pad and concatenation.
 

@@ -1,4 +1,4 @@
-"""Softmax and layer normalization."""
+"""Softmax."""
 
 from __future__ import annotations
 
@@ -67,52 +67,10 @@ def qlinear_softmax(codes: Tensor, x: QParams, y: QParams, axis: int = -1) -> Te
     terms = table[moved - moved.amax(0, keepdim=True) + 255]
     top = torch.floor(1.0 / float32_scalar(y.scale, codes))
     share = (terms * top) / _sum_in_order(terms)
-    # one element, or a scale below 1/296: the product overflows, and the runtime converts infinity to an
-    # integer
+    # where the product overflows, the runtime converts infinity to an integer
     lost = -(2**31) if y.qmin < 0 else 0
     result = torch.where(share.isfinite(), share, 0.0).round().to(torch.int64)
     result = torch.where(share.isfinite(), result, lost) + y.zero_point
     if y.qmin < 0:
         result = torch.where(result < -(2**31), result + 2**32, result)
     return torch.clamp(result, y.qmin, y.qmax).to(torch.int32).movedim(0, axis)
-
-
-def layer_norm(
-    codes: Tensor,
-    x: QParams,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    y: QParams,
-    normalized_dims: int = 1,
-    epsilon: float = 1e-5,
-) -> Tensor:
-    """Layer normalization over the last axes, in float between DequantizeLinear and QuantizeLinear.
-
-    Mean and variance come from exact integer sums, so the float value is the correctly rounded one up to the
-    last few operations; the runtime's own sums are float32.
-
-    Args:
-        codes: Integer, any shape.
-        x: Parameters of the input.
-        weight: float32, the shape of the last `normalized_dims` axes, or None.
-        bias: Like `weight`.
-        y: Parameters of the result.
-        normalized_dims: Number of trailing axes.
-        epsilon: Added to the variance.
-
-    Returns:
-        int32 codes, shape of `codes`.
-    """
-    axes = list(range(-normalized_dims, 0))
-    centred = codes.to(torch.int64) - x.zero_point
-    count = math.prod(codes.shape[a] for a in axes)
-    total = centred.sum(axes, keepdim=True)
-    squares = (centred * centred).sum(axes, keepdim=True)
-    # count * squares - total**2 is an integer: no cancellation
-    variance = (count * squares - total * total).double() * (x.scale / count) ** 2
-    real = (centred.double() - total.double() / count) * x.scale / torch.sqrt(variance + epsilon)
-    if weight is not None:
-        real = real * weight.to(real.device).double()
-    if bias is not None:
-        real = real + bias.to(real.device).double()
-    return quantize(real.to(torch.float32), y)
