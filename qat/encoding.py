@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,32 @@ import torch
 from torch import Tensor
 
 from qat import numerics
-from qat.errors import EncodingError
-from qat.files import atomic_write_text
+from qat.encoding_json import encoding_fields
+from qat.errors import EncodingError, QatError, QuantizationWarning
+from qat.files import atomic_write_text, read_json
 from qat.scheme import Granularity, Scheme, int_type
 
 Provenance = Literal["qat", "ptq", "derived", "fixed", "imported"]
 SCHEMA_VERSION = 1
+
+
+def warn_of_floor(name: str, scale: Tensor, *, stacklevel: int = 1) -> None:
+    """Warn with `QuantizationWarning` where a range was too small for a scale of its own (see `range_to_scale`).
+
+    Args:
+        name: Name of the tensor.
+        scale: Its scales, float32, any shape.
+        stacklevel: 1 blames the line that calls this, as in `warnings.warn`.
+    """
+    flat = int((scale <= numerics.SCALE_FLOOR).sum())
+    if flat:
+        where = "" if flat == scale.numel() else f" in {flat} of {scale.numel()} channels"
+        warnings.warn(
+            f"{name!r} is all zero{where}, or next to it; its scale is set to the floor, {numerics.SCALE_FLOOR:.3g}; "
+            "check whether the layer is dead or the data are right",
+            QuantizationWarning,
+            stacklevel=stacklevel + 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -28,18 +49,21 @@ class Encoding:
 
     Attributes:
         dtype: Name of the integer type.
-        scale: One scale, or one a channel or group (row-major), positive float32 values.
-        zero_point: As many zero points.
+        scale: One scale, or one a channel or group (row-major), positive; rounded to float32, as every runtime has it.
+        zero_point: As many zero points, within `qmin` and `qmax`: zero is always exactly representable.
         qmin: Smallest code used.
         qmax: Largest code used.
         symmetric: The zero point is the middle of the type by construction.
         granularity: What shares a scale.
-        min: Observed minimum, one a scale, or None where nothing was observed.
-        max: Observed maximum.
-        provenance: `qat` (learned or tracked in training), `ptq` (calibrated), `derived` (inherited through a shape-only
-            operator, a tie or an interval rule), `fixed` (known output range) or `imported`.
+        min: Observed minima, one a scale, or None where nothing was observed.
+        max: Observed maxima, just so.
+        provenance: `qat` (learned or tracked in training), `ptq` (calibrated), `derived` (inherited through a
+            shape-only operator, a tie or an interval rule), `fixed` (known output range) or `imported`.
         method: The observer, algorithm or rule that chose the range.
         samples: Number of samples observed; 0 where not applicable.
+
+    Raises:
+        EncodingError: The parts contradict each other or cannot be.
     """
 
     dtype: str
@@ -68,16 +92,44 @@ class Encoding:
             )
         if self.granularity.kind == "per_tensor" and len(self.scale) != 1:
             raise EncodingError(f"{len(self.scale)} scales for a per-tensor encoding", "give exactly one")
+        object.__setattr__(
+            self, "scale", tuple(torch.tensor(self.scale, dtype=torch.float64).to(torch.float32).tolist())
+        )
         if any(not (math.isfinite(s) and s > 0.0) for s in self.scale):
-            raise EncodingError("a scale is not positive and finite", "check the range that it was made from")
-        if any(not kind.qmin <= z <= kind.qmax for z in self.zero_point):
             raise EncodingError(
-                f"a zero point is outside {self.dtype}", f"use values within [{kind.qmin}, {kind.qmax}]"
+                "a scale is not positive and finite in float32", "check the range that it was made from"
             )
+        outside = next((z for z in self.zero_point if not self.qmin <= z <= self.qmax), None)
+        if outside is not None:
+            raise EncodingError(
+                f"the zero point {outside} is outside the integer range [{self.qmin}, {self.qmax}]",
+                "choose one inside, so that zero is exactly representable",
+            )
+        middle = 0 if kind.signed else 1 << (kind.bits - 1)
+        if self.symmetric and any(z != middle for z in self.zero_point):
+            raise EncodingError(
+                f"a symmetric {self.dtype} encoding has a zero point other than {middle}", "make it affine"
+            )
+        self._check_observed()
+        if self.samples < 0:
+            raise EncodingError(f"the number of samples is {self.samples!r}", "give 0 or more")
         if self.provenance not in get_args(Provenance):
             raise EncodingError(
                 f"unknown provenance {self.provenance!r}", f"use one of {', '.join(get_args(Provenance))}"
             )
+
+    def _check_observed(self) -> None:
+        if (self.min is None) != (self.max is None):
+            raise EncodingError("only one of min and max is given", "give both or neither")
+        if self.min is None or self.max is None:
+            return
+        if not len(self.min) == len(self.max) == len(self.scale):
+            raise EncodingError(
+                f"{len(self.min)} minima and {len(self.max)} maxima for {len(self.scale)} scales", "give one a scale"
+            )
+        for low, high in zip(self.min, self.max, strict=True):
+            if not (math.isfinite(low) and math.isfinite(high) and low <= high):
+                raise EncodingError(f"the observed range [{low}, {high}] is inverted or not finite", "correct it")
 
     @classmethod
     def from_range(
@@ -89,10 +141,39 @@ class Encoding:
         provenance: Provenance = "ptq",
         method: str = "",
         samples: int = 0,
+        name: str = "",
     ) -> Encoding:
-        """Make the encoding of an observed range (see `numerics.range_to_scale`)."""
+        """Make the encoding of an observed range (see `numerics.range_to_scale`).
+
+        Args:
+            low: Smallest values: a number, or a tensor of one value a channel or group (row-major).
+            high: Largest values, in the same shape.
+            scheme: How the tensor is quantized.
+            provenance: Where the range comes from.
+            method: What chose the range; the scheme's observer if empty.
+            samples: Number of samples observed.
+            name: Name of the tensor. With it, errors name the tensor, and a `QuantizationWarning` does where the range
+                is empty or so small that the scale is the floor.
+
+        Raises:
+            EncodingError: The range is not finite, inverted, or not one a channel.
+        """
         low = torch.as_tensor(low, dtype=torch.float64).reshape(-1)
         high = torch.as_tensor(high, dtype=torch.float64).reshape(-1)
+        try:
+            encoding = cls._of_range(low, high, scheme, provenance, method, samples)
+        except EncodingError as error:
+            raise EncodingError(f"{name!r}: {error}" if name else str(error)) from None
+        if name:
+            warn_of_floor(name, encoding.scale_tensor, stacklevel=2)
+        return encoding
+
+    @classmethod
+    def _of_range(
+        cls, low: Tensor, high: Tensor, scheme: Scheme, provenance: Provenance, method: str, samples: int
+    ) -> Encoding:
+        if low.shape != high.shape:
+            raise EncodingError(f"{low.numel()} minima and {high.numel()} maxima", "give equally many")
         scale, zero_point = numerics.range_to_scale(low, high, scheme)
         qmin, qmax = scheme.code_range
         return cls(
@@ -130,26 +211,16 @@ class Encoding:
     def quantize(self, x: Tensor, rounding: numerics.Rounding = "half_even") -> Tensor:
         """Return the codes of `x`, int32, in its shape."""
         return numerics.quantize(
-            x,
-            self.scale_tensor.to(x.device),
-            self.zero_point_tensor.to(x.device),
-            self.qmin,
-            self.qmax,
-            self.granularity,
-            rounding,
+            x, self.scale_tensor, self.zero_point_tensor, self.qmin, self.qmax, self.granularity, rounding
         )
 
     def dequantize(self, q: Tensor) -> Tensor:
         """Return the float32 values of codes `q`, in their shape."""
-        return numerics.dequantize(
-            q, self.scale_tensor.to(q.device), self.zero_point_tensor.to(q.device), self.granularity
-        )
+        return numerics.dequantize(q, self.scale_tensor, self.zero_point_tensor, self.granularity)
 
     def representable(self) -> tuple[float, float]:
         """Smallest and largest float that has a code, over all channels."""
-        low, high = numerics.representable_range(
-            self.scale_tensor, self.zero_point_tensor, self.qmin, self.qmax
-        )
+        low, high = numerics.representable_range(self.scale_tensor, self.zero_point_tensor, self.qmin, self.qmax)
         return float(low.min()), float(high.max())
 
     def same_grid(self, other: Encoding) -> bool:
@@ -190,41 +261,17 @@ class Encoding:
         return out
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], name: str = "encoding") -> Encoding:
+    def from_json(cls, data: object, name: str = "encoding") -> Encoding:
         """Read the JSON object of an encoding.
 
         Raises:
-            EncodingError: A key is missing, unknown or of the wrong type; `name` is named.
+            EncodingError: It is no object, a key is missing, unknown or of the wrong type, or the encoding cannot be;
+                `name` is named.
         """
-        known = {
-            "dtype", "scale", "zero_point", "qmin", "qmax", "symmetric", "granularity", "axis", "group_size",
-            "min", "max", "provenance", "method", "samples",
-        }  # fmt: skip
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise EncodingError(f"encoding of {name!r} has the unknown key {unknown[0]!r}", "remove it")
         try:
-            low, high = data.get("min"), data.get("max")
-            return cls(
-                dtype=str(data["dtype"]),
-                scale=tuple(float(s) for s in data["scale"]),
-                zero_point=tuple(int(z) for z in data["zero_point"]),
-                qmin=int(data["qmin"]),
-                qmax=int(data["qmax"]),
-                symmetric=bool(data["symmetric"]),
-                granularity=Granularity(
-                    data["granularity"], int(data.get("axis", 0)), data.get("group_size")
-                ),
-                min=None if low is None else tuple(float(v) for v in low),
-                max=None if high is None else tuple(float(v) for v in high),
-                provenance=data["provenance"],
-                method=str(data.get("method", "")),
-                samples=int(data.get("samples", 0)),
-            )
-        except KeyError as error:
-            raise EncodingError(f"encoding of {name!r} lacks the key {error.args[0]!r}", "add it") from None
-        except (TypeError, ValueError) as error:
-            raise EncodingError(f"encoding of {name!r} is malformed ({error})", "see the JSON schema") from None
+            return cls(**encoding_fields(data))
+        except QatError as error:
+            raise EncodingError(f"encoding of {name!r}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -244,14 +291,16 @@ class Difference:
             f"{label} {x} -> {y}"
             for label, x, y in (
                 ("dtype", a.dtype, b.dtype),
-                ("granularity", a.granularity.kind, b.granularity.kind),
-                ("zero point", _short(a.zero_point), _short(b.zero_point)),
+                ("symmetric", a.symmetric, b.symmetric),
+                ("granularity", _place(a.granularity), _place(b.granularity)),
                 ("range", f"[{a.qmin}, {a.qmax}]", f"[{b.qmin}, {b.qmax}]"),
                 ("provenance", a.provenance, b.provenance),
                 ("method", a.method, b.method),
             )
             if x != y
         ]
+        if a.zero_point != b.zero_point:
+            words.insert(0, f"zero point {_short(a.zero_point)} -> {_short(b.zero_point)}")
         if a.scale != b.scale:
             if len(a.scale) == len(b.scale):
                 worst = max(abs(y / x - 1.0) for x, y in zip(a.scale, b.scale, strict=True))
@@ -262,8 +311,13 @@ class Difference:
 
 
 def _short(values: tuple[Any, ...]) -> str:
-    text = f"{values[0]:.6g}"
+    text = str(values[0]) if isinstance(values[0], int) else f"{values[0]:.6g}"
     return text if len(values) == 1 else f"{text}.. ({len(values)})"
+
+
+def _place(granularity: Granularity) -> str:
+    size = "" if granularity.size is None else f", {granularity.size}"
+    return granularity.kind if granularity.kind == "per_tensor" else f"{granularity.kind}({granularity.axis}{size})"
 
 
 class Encodings(Mapping[str, Encoding]):
@@ -271,12 +325,18 @@ class Encodings(Mapping[str, Encoding]):
 
     Args:
         entries: Encodings by name.
-        meta: Free-form information that travels with the table (model name, versions).
+        meta: Free-form strings that travel with the table (model name, versions); no part of its equality.
+
+    Raises:
+        EncodingError: A key or value of `meta` is not a string.
     """
 
     def __init__(self, entries: Mapping[str, Encoding] | None = None, meta: Mapping[str, str] | None = None) -> None:
         self._entries = dict(entries or {})
         self.meta: Mapping[str, str] = dict(meta or {})
+        for key, value in self.meta.items():
+            if not (isinstance(key, str) and isinstance(value, str)):
+                raise EncodingError(f"meta entry {key!r} of a table of encodings is not a string", "give a string")
 
     def __getitem__(self, name: str) -> Encoding:
         return self._entries[name]
@@ -357,19 +417,22 @@ class Encodings(Mapping[str, Encoding]):
         """
         if not isinstance(data, dict) or data.get("schema") != "qat-encodings":
             raise EncodingError(f"{source} is not a table of encodings", 'it must say "schema": "qat-encodings"')
-        if data.get("version") != SCHEMA_VERSION:
+        version = data.get("version")
+        if version != SCHEMA_VERSION or isinstance(version, bool):
             raise EncodingError(
-                f"{source} has version {data.get('version')!r} of the schema", f"this qat reads version {SCHEMA_VERSION}"
+                f"{source} has version {version!r} of the schema", f"this qat reads version {SCHEMA_VERSION}"
             )
+        for key in data:
+            if key not in ("schema", "version", "meta", "encodings"):
+                raise EncodingError(f"{source} has the unknown key {key!r}", "remove it")
         entries, meta = data.get("encodings"), data.get("meta", {})
         if not isinstance(entries, dict) or not isinstance(meta, dict):
-            raise EncodingError(f"{source} has no object 'encodings'", "see the JSON schema")
-        table: dict[str, Encoding] = {}
-        for name, entry in entries.items():
-            if not isinstance(entry, dict):
-                raise EncodingError(f"{source}: encoding of {name!r} is not an object", "see the JSON schema")
-            table[name] = Encoding.from_json(entry, name)
-        return cls(table, {str(k): str(v) for k, v in meta.items()})
+            key = "meta" if isinstance(entries, dict) else "encodings"
+            raise EncodingError(f"{source}: {key!r} is missing or is not an object", "see the JSON schema")
+        try:
+            return cls({name: Encoding.from_json(entry, name) for name, entry in entries.items()}, meta)
+        except EncodingError as error:
+            raise EncodingError(f"{source}: {error}") from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as JSON, atomically; floats keep every bit.
@@ -386,10 +449,5 @@ class Encodings(Mapping[str, Encoding]):
         Raises:
             EncodingError: The file is missing, is not JSON, or is not a table of encodings.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise EncodingError(f"cannot read {path} ({error.strerror})", "give an existing file") from None
-        except ValueError as error:
-            raise EncodingError(f"{path} is not JSON ({error})", "give a file written by Encodings.save") from None
+        data = read_json(Path(path), EncodingError, "give a file written by Encodings.save")
         return cls.from_json(data, str(path))

@@ -84,3 +84,7 @@ class ExpectationError(CheckFailedError):
 
 class TrainError(CheckFailedError):
     """A training run that went wrong, such as a loss that is not finite."""
+
+
+class QuantizationWarning(UserWarning):
+    """Something that is quantized as asked but probably not as meant, such as a tensor that is all zero."""

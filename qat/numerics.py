@@ -22,10 +22,12 @@ from qat.scheme import Granularity, Scheme
 
 Rounding = Literal["half_even", "half_away"]
 
-#: Scale of a tensor whose range is empty or too small: keeps the product of two scales, and its inverse, normal in float32.
+#: Smallest scale that a range gets: keeps the product of two scales, and its inverse, normal in float32.
 SCALE_FLOOR = 2.0**-40
-#: Largest scale: the largest power of two whose product with any 16-bit code is still finite in float32.
-SCALE_CEILING = 2.0**111
+#: Ranges are cut to plus and minus this, so that no code is dequantized to infinity.
+RANGE_LIMIT = 2.0**126
+#: Codes of a larger magnitude are clamped in float64: float32 does not hold the bounds of int32.
+_FLOAT32_CODES = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -107,36 +109,69 @@ def quantize(
 ) -> Tensor:
     """Quantize: `q = clamp(round(x / scale) + zero_point, qmin, qmax)`, int32, in the shape of `x`.
 
-    The division is a float32 division and not a multiplication by the inverse (ONNX QuantizeLinear). Infinities saturate;
-    nan becomes the zero point.
+    The division is a float32 division and not a multiplication by the inverse (ONNX QuantizeLinear). Infinities
+    saturate. A nan has no code: ONNX leaves it undefined, and it becomes the zero point here.
+
+    Args:
+        x: Real values, any shape; rounded to float32 if they are float64.
+        scale: Positive float32 values: one, (C,) for per-channel, one a group (row-major) for per-group.
+        zero_point: As many integers.
+        qmin: Smallest code.
+        qmax: Largest code.
+        granularity: What shares a scale; per-tensor if None.
+        rounding: What happens to ties.
+
+    Raises:
+        EncodingError: The number of scales does not fit the tensor.
     """
     granularity = granularity or Granularity()
-    s = expand_to(scale.to(torch.float32), x, granularity)
-    z = expand_to(zero_point.to(torch.float32), x, granularity)
+    # on the device of x: CUDA divides by a number of the host by multiplying with its inverse
+    s = expand_to(scale.to(x.device, torch.float32), x, granularity)
+    z = expand_to(zero_point.to(x.device), x, granularity)
     steps = round_half(x.to(torch.float32) / s, rounding)
-    # clamped as float first: the conversion of a large float to an integer is undefined
-    codes = torch.clamp(torch.nan_to_num(steps, nan=0.0, posinf=math.inf, neginf=-math.inf) + z, qmin, qmax)
-    return codes.to(torch.int32)
+    return _codes(torch.nan_to_num(steps, nan=0.0, posinf=math.inf, neginf=-math.inf), z, qmin, qmax)
 
 
-def dequantize(
-    q: Tensor, scale: Tensor, zero_point: Tensor, granularity: Granularity | None = None
-) -> Tensor:
-    """Dequantize: `x = (q - zero_point) * scale`, float32, in the shape of `q`."""
+def _codes(steps: Tensor, zero_point: Tensor | int, qmin: int, qmax: int) -> Tensor:
+    """Return `clamp(steps + zero_point, qmin, qmax)`, int32, of whole float32 numbers that may be infinite."""
+    if max(-qmin, qmax) > _FLOAT32_CODES:
+        steps = steps.to(torch.float64)
+    # clamped as float: the conversion of a large float to an integer is undefined
+    return torch.clamp(steps + zero_point, qmin, qmax).to(torch.int32)
+
+
+def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor, granularity: Granularity | None = None) -> Tensor:
+    """Dequantize: `x = (q - zero_point) * scale`, float32, in the shape of `q`.
+
+    The difference is exact, and rounded once to float32 where it has more than 24 bits; then one float32 product.
+
+    Args:
+        q: Codes of any integer type, any shape.
+        scale: Positive float32 values: one, (C,) for per-channel, one a group (row-major) for per-group.
+        zero_point: As many integers.
+        granularity: What shares a scale; per-tensor if None.
+
+    Raises:
+        EncodingError: The number of scales does not fit the tensor.
+    """
     granularity = granularity or Granularity()
-    s = expand_to(scale.to(torch.float32), q, granularity)
-    z = expand_to(zero_point.to(torch.int32), q, granularity)
-    return (q.to(torch.int32) - z).to(torch.float32) * s
+    s = expand_to(scale.to(q.device, torch.float32), q, granularity)
+    z = expand_to(zero_point.to(q.device, torch.int64), q, granularity)
+    return (q.to(torch.int64) - z).to(torch.float32) * s
 
 
 def range_to_scale(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     """Turn observed ranges into scales and zero points.
 
-    The range is first widened to hold zero, so zero is always exactly representable. Affine:
-    `scale = (high - low) / (qmax - qmin)`, `zero_point = clamp(round(qmin - low / scale))`. Symmetric:
-    `scale = max(|low|, |high|) / min(qmax - z, z - qmin)` with z the middle of the type, or with only the positive side
-    where the negative one is a single code shorter. Empty ranges get `SCALE_FLOOR`. Power-of-two scales are rounded up, so
-    nothing that was inside the range saturates.
+    The range is first widened to hold zero, so zero is always exactly representable, and cut to `RANGE_LIMIT`.
+    Affine: `scale = (high - low) / (qmax - qmin)`, `zero_point = clamp(round(qmin - low / scale), qmin, qmax)`.
+    Symmetric: z is the middle of the type and `scale = max(|low|, |high|) / min(qmax - z, z - qmin)`; a side without
+    codes is left out of both. Computed in float64; the scale is rounded to float32 before it gives the zero point.
+    Scales below `SCALE_FLOOR` are raised to it. Power-of-two scales are rounded up, so nothing that was inside the
+    range saturates.
+
+    Values inside the range are dequantized with an error of at most half a step, plus `2**-24` steps for each code of
+    the span (the rounding of the scale); see `docs/numerics.md`.
 
     Args:
         low: Smallest values, any shape.
@@ -164,15 +199,16 @@ def range_to_scale_unchecked(low: Tensor, high: Tensor, scheme: Scheme) -> tuple
 
 def _range_to_scale(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
     qmin, qmax = scheme.code_range
-    low, high = torch.clamp(low, max=0.0), torch.clamp(high, min=0.0)
+    low, high = torch.clamp(low, -RANGE_LIMIT, 0.0), torch.clamp(high, 0.0, RANGE_LIMIT)
     if scheme.symmetric:
-        middle = scheme.symmetric_zero_point
-        # [-128, 127]: 127 steps a side, -128 is spare; a range without a negative side uses the positive one
-        sides = [side for side in (qmax - middle, middle - qmin) if side > 0]
-        scale = torch.maximum(-low, high) / min(sides)
+        # [-128, 127]: 127 steps a side, -128 is spare; [0, 127] has no negative side, what lies there saturates at 0
+        above, below = qmax - scheme.symmetric_zero_point, scheme.symmetric_zero_point - qmin
+        extent = torch.maximum(-low, high) if above and below else high if above else -low
+        scale = extent / (min(above, below) or max(above, below))
     else:
         scale = (high - low) / (qmax - qmin)
-    scale = torch.clamp(scale, SCALE_FLOOR, SCALE_CEILING)
+    # the upper bound is met by symmetric ranges with a much longer other side only
+    scale = torch.clamp(scale, SCALE_FLOOR, 2.0 * RANGE_LIMIT / (qmax - qmin))
     if scheme.power_of_two:
         scale = _power_of_two_above(scale)
     scale32 = scale.to(torch.float32)
@@ -185,9 +221,10 @@ def _range_to_scale(low: Tensor, high: Tensor, scheme: Scheme) -> tuple[Tensor, 
 
 
 def _power_of_two_above(scale: Tensor) -> Tensor:
-    mantissa, exponent = torch.frexp(scale)
-    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    return torch.ldexp(torch.ones_like(scale), exponent)
+    mantissa, _ = torch.frexp(scale)
+    # in [0.5, 1), so the quotient is exactly the power above; ldexp goes through pow, which may round
+    above = scale / mantissa
+    return torch.where(mantissa == 0.5, scale, above)
 
 
 def representable_range(scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> tuple[Tensor, Tensor]:
@@ -199,6 +236,8 @@ def representable_range(scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
 def requantize_float(acc: Tensor, multiplier: Tensor, zero_point: int, qmin: int, qmax: int) -> Tensor:
     """Requantize in the `onnx` profile: `clamp(rint(float32(acc) * float32(multiplier)) + zero_point)`, int32.
 
+    The accumulator is rounded to float32 (nearest, ties to even), which is exact up to 2**24, and so is the product.
+
     Args:
         acc: Accumulators, int32 or int64.
         multiplier: float32, broadcastable to `acc`; any positive value, also above 1.
@@ -206,18 +245,21 @@ def requantize_float(acc: Tensor, multiplier: Tensor, zero_point: int, qmin: int
         qmin: Smallest code of the result.
         qmax: Largest code of the result.
     """
-    scaled = torch.round(acc.to(torch.float32) * multiplier.to(torch.float32))
-    return (torch.clamp(scaled, qmin - zero_point, qmax - zero_point) + zero_point).to(torch.int32)
+    scaled = torch.round(acc.to(torch.float32) * multiplier.to(acc.device, torch.float32))
+    return _codes(scaled, zero_point, qmin, qmax)
 
 
 def fixed_point_multiplier(multiplier: float) -> tuple[int, int]:
-    """Split a positive multiplier into a 31-bit integer and a shift: `multiplier ~ m * 2**(shift - 31)`.
+    """Split a multiplier into a 31-bit integer and a shift: `multiplier ~ m * 2**(shift - 31)`.
+
+    Source: `QuantizeMultiplier` of TensorFlow Lite (`kernels/internal/quantization_util.cc`).
 
     Returns:
-        `m` in [2**30, 2**31) and `shift` (positive: left), or (0, 0) where the multiplier is below 2**-32.
+        `m` in [2**30, 2**31) and `shift` in [-31, 30] (positive: left); (0, 0) where the multiplier rounds to less
+        than 2**-32, zero included.
 
     Raises:
-        EncodingError: The multiplier is not positive and finite, or is above 2**30.
+        EncodingError: The multiplier is negative, not finite, or rounds to 2**30 or more.
     """
     if not (math.isfinite(multiplier) and multiplier >= 0.0):
         raise EncodingError(f"multiplier {multiplier} is negative or not finite", "check the scales")
@@ -231,7 +273,7 @@ def fixed_point_multiplier(multiplier: float) -> tuple[int, int]:
     if shift < -31:
         return 0, 0
     if shift > 30:
-        raise EncodingError(f"multiplier {multiplier} is above 2**30", "check the scales of this layer")
+        raise EncodingError(f"multiplier {multiplier} is 2**30 or more", "check the scales of this layer")
     return m, shift
 
 
@@ -247,19 +289,23 @@ def requantize_fixed_point(
 ) -> Tensor:
     """Requantize in the `tflite` profile with a 31-bit multiplier and a shift, int32.
 
-    Double rounding is `SaturatingRoundingDoublingHighMul` followed by `RoundingDivideByPOT` (half away from zero), as in
-    TFLite's reference convolution; single rounding adds the rounding constant once to the 64-bit product.
+    Double rounding is `SaturatingRoundingDoublingHighMul` followed by `RoundingDivideByPOT` (half away from zero), as
+    in TFLite's reference convolution; single rounding adds the rounding constant once to the 64-bit product, which
+    rounds ties up. A left shift that leaves int32 saturates, where TFLite's reference is undefined.
+
+    Source: `MultiplyByQuantizedMultiplier` of TensorFlow Lite (`kernels/internal/common.h`, with and without
+    `TFLITE_SINGLE_ROUNDING`) and gemmlowp's `fixedpoint.h`.
 
     Args:
-        acc: int32 accumulators (as any integer dtype).
-        multiplier: int32 in [2**30, 2**31), broadcastable to `acc`.
-        shift: int32, positive is left, broadcastable to `acc`.
+        acc: Accumulators within int32, of any integer dtype.
+        multiplier: 0, or in [2**30, 2**31); broadcastable to `acc`.
+        shift: In [-31, 30], positive is left; broadcastable to `acc`.
         zero_point: Of the result.
         qmin: Smallest code of the result.
         qmax: Largest code of the result.
         double_rounding: Which of the two roundings.
     """
-    a, m, s = acc.to(torch.int64), multiplier.to(torch.int64), shift.to(torch.int64)
+    a, m, s = acc.to(torch.int64), multiplier.to(acc.device, torch.int64), shift.to(acc.device, torch.int64)
     left, right = torch.clamp(s, min=0), torch.clamp(-s, min=0)
     if double_rounding:
         low, high = -(1 << 31), (1 << 31) - 1

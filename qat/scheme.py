@@ -56,7 +56,7 @@ def int_type(name: str) -> IntType:
     """
     try:
         return INT_TYPES[name]
-    except KeyError:
+    except (KeyError, TypeError):
         raise SchemeError(f"unknown integer type {name!r}", f"choose one of {', '.join(INT_TYPES)}") from None
 
 
@@ -67,7 +67,7 @@ class Granularity:
     Attributes:
         kind: `per_tensor`: all; `per_channel`: those with the same index along `axis`; `per_group`: runs of `size`
             neighbours along `axis`, separately for every index of the other axes (blocked quantization of ONNX).
-        axis: The channel or group axis; ignored for `per_tensor`.
+        axis: The channel or group axis, negative from the end; always 0 for `per_tensor`.
         size: Elements in a group; only for `per_group`.
     """
 
@@ -77,15 +77,22 @@ class Granularity:
 
     def __post_init__(self) -> None:
         if self.kind not in ("per_tensor", "per_channel", "per_group"):
-            raise SchemeError(
-                f"unknown granularity {self.kind!r}", "choose per_tensor, per_channel or per_group"
-            )
+            raise SchemeError(f"unknown granularity {self.kind!r}", "choose per_tensor, per_channel or per_group")
+        for name, value in (("axis", self.axis), ("group size", self.size)):
+            if not _whole(value) and not (value is None and name == "group size"):
+                raise SchemeError(f"{name} {value!r} is not an integer", "give an integer")
         if (self.kind == "per_group") != (self.size is not None):
             raise SchemeError(
                 f"granularity {self.kind} with group size {self.size}", "give a size for per_group and only for it"
             )
         if self.size is not None and self.size < 1:
             raise SchemeError(f"group size {self.size} is not positive", "give a size of at least 1")
+        if self.kind == "per_tensor":
+            object.__setattr__(self, "axis", 0)  # so that equal ones compare equal
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 PER_TENSOR = Granularity()
@@ -102,7 +109,8 @@ class ObserverSpec:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
 
     def __hash__(self) -> int:
-        return hash((self.name, tuple(sorted(self.options.items()))))
+        # not the values: an option may be a list
+        return hash((self.name, tuple(sorted(self.options))))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (ObserverSpec, (self.name, dict(self.options)))
@@ -134,13 +142,19 @@ class Scheme:
 
     def __post_init__(self) -> None:
         kind = int_type(self.dtype)
+        for name in ("qmin", "qmax"):
+            if not (getattr(self, name) is None or _whole(getattr(self, name))):
+                raise SchemeError(f"{name} {getattr(self, name)!r} is not an integer", "give an integer")
+        for name in ("symmetric", "power_of_two"):
+            if not isinstance(getattr(self, name), bool):
+                raise SchemeError(f"{name} is {getattr(self, name)!r}", "write true or false")
         low, high = self.code_range
         if not kind.qmin <= low < high <= kind.qmax:
             raise SchemeError(
                 f"integer range [{low}, {high}] is empty or outside {self.dtype}",
                 f"choose qmin < qmax within [{kind.qmin}, {kind.qmax}]",
             )
-        if not low <= self.symmetric_zero_point <= high and self.symmetric:
+        if self.symmetric and not low <= self.symmetric_zero_point <= high:
             raise SchemeError(
                 f"integer range [{low}, {high}] does not hold the symmetric zero point {self.symmetric_zero_point}",
                 "widen the range or choose an affine scheme",

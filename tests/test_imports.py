@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("files", "torchvision"),
     ("scheme",),
-    ("schemes", "numerics"),
+    ("schemes", "numerics", "encoding_json"),
     ("encoding",),
     ("native",),
     ("targets",),

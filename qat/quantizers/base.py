@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat import numerics
-from qat.encoding import Encoding, Provenance
+from qat.encoding import Encoding, Provenance, warn_of_floor
 from qat.errors import CheckpointError, EncodingError, SchemeError
 from qat.scheme import Granularity, Scheme
 
@@ -162,7 +161,7 @@ class Quantizer(nn.Module):
         self.ready = provenance is not None
 
     def _set_range(self, low: Tensor, high: Tensor, provenance: Provenance, method: str) -> None:
-        """Set the buffers from a range; warn where it is empty.
+        """Set the buffers from a range; warn where it is empty, or too small for a scale of its own.
 
         Raises:
             EncodingError: The range is not finite or inverted; the tensor is named.
@@ -171,13 +170,7 @@ class Quantizer(nn.Module):
             scale, zero_point = numerics.range_to_scale(low, high, self.scheme)
         except EncodingError as error:
             raise EncodingError(f"{self.name!r}: {error}") from None
-        flat = int(((low >= 0) & (high <= 0)).sum())
-        if flat:
-            part = "is all zero" if flat == low.numel() else f"is all zero in {flat} of {low.numel()} channels"
-            warnings.warn(
-                f"{self.name!r} {part}; its scale is set to the floor, {numerics.SCALE_FLOOR:.3g}",
-                stacklevel=3,
-            )
+        warn_of_floor(self.name, scale, stacklevel=2)
         for buffer, value in (
             (self.scale, scale), (self.zero_point, zero_point), (self.min_val, low), (self.max_val, high),
         ):  # fmt: skip
