@@ -97,7 +97,7 @@ def slice_(attrs: Mapping[str, Any], inputs: list[Any]) -> Tensor:
             x = x.narrow(axis, picked.start, len(picked))
         else:
             x = x.index_select(axis, torch.tensor(list(picked), dtype=torch.int64, device=x.device))
-    return x
+    return x  # type: ignore[no-any-return]
 
 
 def expand(attrs: Mapping[str, Any], inputs: list[Any], batch: int) -> Any:
