@@ -48,7 +48,11 @@ def recipe_problems(data: object) -> list[str]:
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        return [_describe(problem) for problem in error.errors()]
+        found = error.errors()
+        places = [_location(problem) for problem in found]
+        # where a value may have one of several forms, pydantic complains once for each
+        first = [i for i, place in enumerate(places) if place not in places[:i]]
+        return [_describe(found[i], places[i]) for i in first]
     problems = broken_rules(recipe)
     try:
         target = load_target(*recipe.target)
@@ -123,9 +127,14 @@ def expand(recipe: Recipe, environment: Mapping[str, str] | None = None, *, keep
 # -- errors
 
 
-def _describe(problem: Any) -> str:
+def _location(problem: Any) -> list[str | int]:
+    """Keys and indices that lead to an error, without the marks for the forms of a value."""
+    form = re.compile(r"(constrained-int|int|list\[.*\])$")
+    return [item for item in problem["loc"] if not (isinstance(item, str) and form.match(item))]
+
+
+def _describe(problem: Any, location: list[str | int]) -> str:
     """Turn one of pydantic's errors into a line that names the key, the cause and the mend."""
-    location = [item for item in problem["loc"] if not (isinstance(item, str) and re.match(r"(int|list\[.*)$", item))]
     key, kind, value = _key(location), problem["type"], problem["input"]
     if kind == "extra_forbidden":
         legal = _legal_keys(location[:-1])
@@ -145,7 +154,9 @@ def _describe(problem: Any) -> str:
     words = {"model_type": "a mapping", "dict_type": "a mapping", "list_type": "a list"}
     if kind in words:
         return f"{key} is {value!r}; write {words[kind]}"
-    wish = problem["msg"].removeprefix("Input should be ").replace("valid ", "")
+    wish = (
+        problem["msg"].removeprefix("Input should be ").replace("a valid integer", "an integer").replace("valid ", "")
+    )
     return f"{key} is {value!r}; it should be {wish}"
 
 

@@ -189,12 +189,13 @@ class _Run:
         assert self.qmodel is not None
         path = self.folder.path / ONNX
         result = stages.export_onnx(self.recipe, self.qmodel, path, self.session.data.calibration, part)
-        verified = f"verified: {result}"
+        assert result.verification is not None
+        verified = stages.verified_line(result.verification)
         self._keep(
             details={
                 **self.state.details,
                 "verified": verified,
-                "verification": None if result.verification is None else result.verification.to_json(),
+                "verification": result.verification.to_json(),
                 "onnx_sha256": result.sha256,
             }
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 import sys
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.errors import CheckpointError, DataError, QatError, RecipeError
+from qat.errors import CheckpointError, DataError, QatError, RecipeError, VerificationError
+from qat.export.difference import Level, Verification
+from qat.export.model import execute
 from qat.export.verify import ExportResult, session
+from qat.export.verify import verify_onnx as verify_file
 from qat.graph.plan import Plan
 from qat.graph.prepared import PreparedModel
 from qat.recipe.convert import train_settings
@@ -204,6 +208,47 @@ def export_onnx(recipe: Recipe, qmodel: PreparedModel, path: Path, split: Split,
         dynamic_batch=find_target(recipe).dynamic_batch,
         name=recipe.name,
         metadata={"recipe": recipe.name},
+    )
+
+
+def verify_onnx(
+    qmodel: PreparedModel, path: Path, split: Split, part: OnnxPart, level: Level
+) -> tuple[Verification, int]:
+    """Execute an exported file and compare it with the simulation; also return how many tensors are outputs.
+
+    Raises:
+        ExportError: The file is no ONNX model of this network.
+    """
+    imodel = qat.convert(qmodel).to(torch.device("cpu"))
+    samples = list(split.images(part.samples))
+    verification = verify_file(path, imodel.program, samples, execute(imodel), level=level)
+    return verification, len(imodel.program.outputs)
+
+
+def require_equal(verification: Verification, outputs: int, path: Path, part: OnnxPart) -> None:
+    """Check that the outputs, the first tensors of a verification, are within a recipe's bounds.
+
+    Raises:
+        VerificationError: They are not; the worst is named.
+    """
+    record = dataclasses.replace(verification, tensors=verification.tensors[:outputs])
+    failures = record.failures(part.bound, part.unequal_share)
+    if failures:
+        worst = failures[0]
+        raise VerificationError(
+            f"output {worst.name!r} of {path} differs from the simulation by up to {worst.max_difference:g} codes,"
+            f" {100 * worst.unequal_share:.4g} % unequal (allowed: {part.bound:g} codes,"
+            f" {100 * part.unequal_share:g} %)",
+            "export the file again",
+        )
+
+
+def verified_line(verification: Verification) -> str:
+    """Return one line that says what was compared, and how far it was apart."""
+    worst, count = verification.worst, len(verification.tensors)
+    return (
+        f"verified: {verification.runtime}, {verification.samples} images, {count} tensor{'s' * (count > 1)} compared,"
+        f" largest difference {worst.max_difference:g} codes, {100 * worst.unequal_share:.4g} % unequal ({worst.name})"
     )
 
 

@@ -1,0 +1,5 @@
+"""The command line: `qat VERB ...`; one file a verb."""
+
+from qat.cli.main import main
+
+__all__ = ["main"]

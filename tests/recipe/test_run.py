@@ -1,0 +1,373 @@
+"""Running recipes: what is written, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import qat
+from qat.errors import CheckpointError, DataError, ExpectationError, OutputError, RecipeError, TrainError
+from qat.recipe import stages
+from qat.recipe.folder import RunFolder, RunState, first_difference
+from qat.recipe.load import parse_recipe
+from qat.recipe.report import check_expectations, last_quantized, results_table
+from qat.recipe.run import run_recipe
+from qat.recipe.schema import ExpectPart, Recipe
+from qat.train.checkpoint import load_checkpoint
+
+RESULTS = {
+    "float": {"top1": 0.95, "top5": 1.0, "loss": 0.1, "n": 20},
+    "PTQ": {"top1": 0.90, "top5": 1.0, "loss": 0.2, "n": 20},
+    "ONNX Runtime": {"top1": 0.93, "top5": 1.0, "loss": 0.15, "n": 20},
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    return parse_recipe(
+        {
+            "version": 1,
+            "name": "tiny",
+            "threads": 1,
+            "model": {"factory": "qat.models:digits_cnn", "kwargs": {"width": 4}},
+            "data": {"name": "digits", "batch_size": 32, "limit": {"train": 192, "test": 60}},
+            "stages": [
+                {"train": {"phase": "float", "epochs": 2, "optimizer": {"name": "adamw", "lr": 0.02}}},
+                {"calibrate": {"images": 96}},
+                {"train": {"epochs": 1, "freeze_ranges_after": 0, "freeze_bn_after": 0, "distill": {"weight": 0.5}}},
+            ],
+            "export": {"onnx": {"samples": 8}},
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    lines: list[str] = []
+    run_recipe(recipe(), folder, quiet=True, say=lines.append)
+    return folder, lines
+
+
+def test_a_run_leaves_everything_in_one_folder(finished: tuple[Path, list[str]]) -> None:
+    folder, lines = finished
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert names == {
+        "recipe.resolved.yaml",
+        "metrics.json",
+        "encodings.json",
+        "plan.json",
+        "model.onnx",
+        "log.txt",
+        "checkpoints/0-train-float.safetensors",
+        "checkpoints/1-calibrate-ptq.safetensors",
+        "checkpoints/2-train-qat.safetensors",
+    }
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["status"] == "done"
+    assert list(metrics["results"]) == ["float", "PTQ", "QAT", "ONNX Runtime"]
+    assert all(r["n"] == 60 for r in metrics["results"].values())
+    assert metrics["details"]["integer_macs"] == 1.0
+    assert metrics["details"]["verification"]["samples"] == 8
+    assert metrics["details"]["versions"]["torch"] == torch.__version__
+    assert len(metrics["stages"][0]["epochs"]) == 2
+    text = "\n".join(lines)
+    for row in ("float", "PTQ", "QAT", "ONNX Runtime", "verified: ONNX Runtime"):
+        assert row in text
+    log = (folder / "log.txt").read_text()
+    assert "verified: ONNX Runtime" in log
+
+
+def test_the_written_files_can_be_used(finished: tuple[Path, list[str]]) -> None:
+    folder, _ = finished
+    net = stages.build_model(recipe().model, 0)
+    net.load_state_dict(load_file(folder / "checkpoints" / "0-train-float.safetensors"))
+    encodings = qat.Encodings.load(folder / "encodings.json")
+    assert "classifier.weight" in encodings
+    assert RunFolder(folder).recipe().to_data() == recipe().to_data()
+    assert load_checkpoint(folder / "checkpoints" / "2-train-qat.safetensors").info == {"stage": 2, "label": "QAT"}
+    classify = stages.onnx_classifier(folder / "model.onnx")
+    assert classify(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_a_run_is_reproducible(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, _ = finished
+    run_recipe(recipe(), tmp_path / "again", quiet=True)
+    for name in ("encodings.json", "model.onnx", "recipe.resolved.yaml"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("finished_stages", [1, 2, 3])
+def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
+    finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished_stages: int
+) -> None:
+    folder, _ = finished
+    names = ["calibrate", "train", "export_onnx"]
+    victim = names[finished_stages - 1]
+    original = getattr(stages, victim)
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        part = args[2] if victim == "train" else None
+        if part is not None and part.phase == "float":
+            return original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, victim, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(), tmp_path / "r", quiet=True)
+    monkeypatch.undo()
+    state = RunFolder(tmp_path / "r").state()
+    assert (state.status, len(state.stages)) == ("running", finished_stages)
+    assert not list((tmp_path / "r").rglob("*.part"))
+    assert not (tmp_path / "r" / "model.onnx").exists()
+    lines: list[str] = []
+    run_recipe(recipe(), tmp_path / "r", quiet=True, resume=True, say=lines.append)
+    assert any(line.startswith(f"resuming after {finished_stages} finished stage") for line in lines)
+    for name in ("encodings.json", "model.onnx"):
+        assert (tmp_path / "r" / name).read_bytes() == (folder / name).read_bytes(), name
+    assert RunFolder(tmp_path / "r").state().results == RunFolder(folder).state().results
+
+
+def test_a_run_is_never_lost_by_accident(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder, _ = finished
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(OutputError, match="holds a finished run; add --resume"):
+        run_recipe(recipe(), folder)
+    other = recipe(seed=1)
+    with pytest.raises(RecipeError, match="is a run of another recipe: seed was 0 and is 1"):
+        run_recipe(other, folder, resume=True)
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputError, match="is not the folder of a run; choose another"):
+        run_recipe(recipe(), tmp_path, overwrite=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="is a file"):
+        run_recipe(recipe(), tmp_path / "file")
+
+
+def test_overwrite_replaces_a_run(tmp_path: Path) -> None:
+    short = recipe(stages=[{"calibrate": {"images": 64}}], export={})
+    run_recipe(short, tmp_path / "r", quiet=True)
+    (tmp_path / "r" / "notes.md").write_text("mine")
+    run_recipe(short, tmp_path / "r", quiet=True, overwrite=True)
+    assert (tmp_path / "r" / "notes.md").read_text() == "mine"
+    assert not (tmp_path / "r" / "model.onnx").exists()
+    assert list(RunFolder(tmp_path / "r").state().results) == ["float", "PTQ"]
+
+
+def test_a_broken_contract_fails_and_keeps_the_files(tmp_path: Path) -> None:
+    strict = recipe(stages=[{"calibrate": {"images": 64}}], expect={"top1": 0.99})
+    with pytest.raises(ExpectationError, match=r"top-1 of ONNX Runtime .* \(expected 99\.00 % or more\)"):
+        run_recipe(strict, tmp_path / "r", quiet=True)
+    assert (tmp_path / "r" / "model.onnx").is_file()
+    state = RunFolder(tmp_path / "r").state()
+    assert state.status == "failed"
+    assert state.details["contract"] == "broken"
+
+
+def test_wrong_input_is_found_before_the_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"data": {"name": "cifar10", "root": str(tmp_path / "none")}}, DataError, "none does not exist"),
+        (
+            {"data": {"name": "digits", "input": {"format": "RGB"}}},
+            DataError,
+            r"does not take images of shape \(3, 8, 8\)",
+        ),
+        (
+            {"model": {"factory": "qat.models:digits_cnn", "kwargs": {"num_classes": 3}}},
+            DataError,
+            "has 3 classes and the data 10",
+        ),
+        ({"model": {"factory": "qat.models:digits_cnn", "kwargs": {"wdth": 3}}}, RecipeError, "correct model.kwargs"),
+        ({"model": {"factory": "qat.models:no_such"}}, RecipeError, "has no callable 'no_such'"),
+        ({"model": {"factory": "no_such_package:f"}}, RecipeError, "cannot import no_such_package"),
+        ({"model": {"factory": "qat.models:__all__"}}, RecipeError, "has no callable"),
+        ({"model": {"factory": "torchvision.models:no_such"}}, RecipeError, "has no callable 'no_such'"),
+        (
+            {"model": {"factory": "json:dumps", "kwargs": {"obj": 1}}},
+            RecipeError,
+            "gives a str; it must give an nn.Module",
+        ),
+        (
+            {"model": {"factory": "qat.models:digits_cnn", "weights": "none.pth"}},
+            CheckpointError,
+            "cannot read none.pth",
+        ),
+        ({"model": {"factory": "qat.models:digits_cnn", "weights": "${QAT_NO}/a"}}, RecipeError, "QAT_NO is not set"),
+        ({"device": "cuda"}, RecipeError, "device is 'cuda' and torch finds no GPU"),
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for changes, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            run_recipe(recipe(**changes), tmp_path / "r", quiet=True)
+        assert not (tmp_path / "r").exists(), changes
+
+
+def test_a_model_with_nothing_to_quantize_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_nets.py").write_text(
+        "import torch\n"
+        "class Flat(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return torch.sort(x.flatten(1)[:, :10]).values\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    nothing = recipe(model={"factory": "my_nets:Flat"}, stages=[{"calibrate": {"images": 64}}])
+    with pytest.raises(qat.QatError, match="nothing to quantize"):
+        run_recipe(nothing, tmp_path / "r", quiet=True)
+
+
+def test_a_diverging_run_is_kept_as_failed(tmp_path: Path) -> None:
+    wild = recipe(
+        stages=[{"train": {"phase": "float", "epochs": 3, "optimizer": {"name": "sgd", "lr": 1e30}}}], export={}
+    )
+    with pytest.raises(TrainError, match="the loss is"):
+        run_recipe(wild, tmp_path / "r", quiet=True)
+    state = RunFolder(tmp_path / "r").state()
+    assert state.status == "failed"
+    assert not state.stages
+    assert "error: the loss is" in (tmp_path / "r" / "log.txt").read_text()
+    run_recipe(
+        recipe(stages=[{"calibrate": {"images": 64}}], export={}), tmp_path / "r", quiet=True
+    )  # nothing was finished, so nothing can be lost
+
+
+def test_a_disk_that_is_full_is_named_and_nothing_is_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import errno
+    import os
+
+    real = os.fsync
+    calls = []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"plan\.json \(No space left on device\); free some space"):
+        run_recipe(recipe(), tmp_path / "r", quiet=True)
+    monkeypatch.undo()
+    assert not list((tmp_path / "r").rglob("*.part"))
+    assert RunFolder(tmp_path / "r").state().status in ("running", "failed")
+
+
+def test_an_own_model_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_model_of_test.py").write_text(
+        "from torch import nn\n"
+        "def build(width):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = recipe(
+        model={"factory": "own_model_of_test:build", "kwargs": {"width": 5}},
+        stages=[{"calibrate": {"images": 64}}],
+    )
+    result = run_recipe(own, quiet=True)
+    assert result.folder == Path("runs/tiny")
+    assert (tmp_path / "runs" / "tiny" / "model.onnx").is_file()
+
+
+def test_without_labels_a_model_can_be_calibrated_and_exported(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(60):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    unlabelled = recipe(
+        data={"name": "image_folder", "root": str(tmp_path / "images"), "input": {"format": "GRAY"}},
+        stages=[{"calibrate": {"images": 60}}],
+    )
+    result = run_recipe(unlabelled, tmp_path / "r", quiet=True)
+    assert result.state.results == {}
+    assert (tmp_path / "r" / "model.onnx").is_file()
+
+
+# -- parts
+
+
+def test_the_contract() -> None:
+    assert last_quantized(RESULTS) == "ONNX Runtime"
+    assert last_quantized({"float": RESULTS["float"]}) is None
+    line = check_expectations(ExpectPart(top1=0.94, tolerance=0.01, max_drop=0.021, integer_macs=0.5), RESULTS, 0.75)
+    assert line.startswith("contract: top-1 of ONNX Runtime 93.00 % (expected 93.00 % or more)")
+    assert check_expectations(ExpectPart(), {}, None) == ""
+    for part, message in (
+        (ExpectPart(top1=0.94), r"93\.00 % \(expected 94\.00 % or more\)"),
+        (ExpectPart(max_drop=0.01), r"drop from float to ONNX Runtime 2\.00 points \(expected 1\.00 or less\)"),
+        (ExpectPart(integer_macs=0.9), r"75\.00 % of multiply-accumulates integer"),
+    ):
+        with pytest.raises(ExpectationError, match=message):
+            check_expectations(part, RESULTS, 0.75)
+    with pytest.raises(ExpectationError, match="nothing was measured"):
+        check_expectations(ExpectPart(top1=0.1), {}, 1.0)
+    with pytest.raises(ExpectationError, match="the float model was not measured"):
+        check_expectations(ExpectPart(max_drop=0.1), {"PTQ": RESULTS["PTQ"]}, 1.0)
+
+
+def test_the_table() -> None:
+    assert results_table(RESULTS).splitlines() == [
+        "                top-1     top-5    loss  images",
+        "float         95.00 %  100.00 %  0.1000      20",
+        "PTQ           90.00 %  100.00 %  0.2000      20",
+        "ONNX Runtime  93.00 %  100.00 %  0.1500      20",
+    ]
+
+
+def test_first_difference_names_the_key() -> None:
+    a = {"x": {"y": [1, {"z": 2}]}, "w": 1}
+    assert first_difference(a, a) is None
+    assert first_difference(a, {"x": {"y": [1, {"z": 3}]}, "w": 1}) == "x.y[1].z was 2 and is 3"
+    assert first_difference(a, {"x": {"y": [1]}, "w": 1}) == "x.y was [1, {'z': 2}] and is [1]"
+    assert first_difference(a, {"x": a["x"]}) == "w is only in the run"
+    assert first_difference({"a": 1}, {"a": True}) == "a was 1 and is True"
+
+
+def test_damaged_metrics_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not the folder of a run"):
+        RunFolder(tmp_path).state()
+    for text, message in (
+        ("{", "is damaged"),
+        ("[]", "is not the metrics file"),
+        ('{"schema": "qat-run", "version": 9}', "has version 9"),
+        ('{"schema": "qat-run", "version": 1}', "is damaged"),
+    ):
+        (tmp_path / "metrics.json").write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            RunFolder(tmp_path).state()
+    state = RunState("a", "done", (), {"float": {"top1": 0.5}}, {"x": 1})
+    assert RunState.from_json(json.loads(json.dumps(state.to_json())), "m") == state
+
+
+def test_phases_survive_a_checkpoint(finished: tuple[Path, list[str]]) -> None:
+    from qat.recipe.session import Session
+
+    folder, _ = finished
+    session = Session(RunFolder(folder).recipe(), run=RunFolder(folder))
+    qmodel = session.quantized()
+    assert isinstance(qmodel, nn.Module)
+    qmodel.train()
+    norms = [m for m in qmodel.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms
+    assert not any(m.training for m in norms)
