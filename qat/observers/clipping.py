@@ -23,16 +23,15 @@ from torch import Tensor
 from qat import numerics
 from qat.scheme import Scheme
 
-#: A range must be expected to be better than min-max by this share. Below it the even spread inside the bins
-# decides and
-#: not the data, such as values that lie exactly on min-max's grid.
-MARGIN = 0.01
-#: A bin is made at least this wide, relative to its values, so that the difference of two F keeps its digits.
+#: Width of a single element, relative to its value: enough for the difference of two F to keep its digits.
 _THINNEST = 2.0**-20
 _COARSE_1D, _COARSE_2D = 48, 24
 _ROUNDS, _BASINS, _FINE = 3, 4, 7
-#: numbers worked on at once: what fits a second-level cache several times over is slower
-_CHUNK = 1 << 16
+#: Numbers worked on at once: they stay in the cache, and below 2**15 torch spreads no arithmetic over threads, whose
+#: meeting after every operator costs more than it saves (a hundred times more on a busy machine).
+_CHUNK = (1 << 15) - 1
+#: Added to a float64 below 2**51 and taken off again, it rounds half to even.
+_TO_INTEGER = 1.5 * 2.0**52
 
 
 @dataclass(frozen=True)
@@ -68,14 +67,21 @@ class Counts:
 
 @dataclass(frozen=True)
 class Density:
-    """A piecewise constant density: F at `points` times `jumps` (both (C, P)) is the squared error."""
+    """A piecewise constant density, ready for the scalar product.
+
+    Attributes:
+        points: Edges of the bins of both signs, (C, P), float64, growing.
+        jumps: Elements per unit left of the point less those right of it, likewise.
+        constant: Squared error of the elements that are not in the bins, (C,).
+    """
 
     points: Tensor
     jumps: Tensor
+    constant: Tensor
 
 
 def least_squares_range(
-    negative: Tensor, positive: Tensor, edges: Tensor, low: Tensor, high: Tensor, scheme: Scheme
+    negative: Tensor, positive: Tensor, edges: Tensor, low: Tensor, high: Tensor, scheme: Scheme, margin: float
 ) -> tuple[Tensor, Tensor]:
     """Return the clip range of each channel with the least expected squared error.
 
@@ -86,24 +92,26 @@ def least_squares_range(
         low: Smallest elements, (C,), float64, finite.
         high: Largest elements, (C,), float64, finite.
         scheme: What the range is for; its formula is `qat.numerics.range_to_scale`.
+        margin: Share by which a range must be expected to be better than min-max to be chosen.
 
     Returns:
         Lower and upper bounds, (C,), float64, within [low, high]; exactly [low, high] where nothing is better
-        by `MARGIN`.
+        by `margin`.
     """
     counts = Counts(negative.to(torch.float64), positive.to(torch.float64), edges, low, high).trimmed()
     whole_low, whole_high = torch.clamp(low, max=0.0), torch.clamp(high, min=0.0)
     scale, _ = numerics.range_to_scale_unchecked(low, high, scheme)
     density = _density(counts, scale.to(torch.float64) / 2)
-    whole = _errors(density, low[:, None], high[:, None], scheme)[:, 0]
+    budget = _errors(density, low[:, None], high[:, None], scheme)[:, 0]
 
-    tight_low, tight_high = _tightest(counts, whole, scheme.symmetric)
+    tight_low, tight_high = _tightest(counts, budget, scheme.symmetric)
     levels = _levels(scheme)
     widest = torch.maximum(-whole_low, whole_high)
     # where nothing bounds the search, it ends at a range 2**-8 of the whole
     tight = tight_high if scheme.symmetric else tight_low + tight_high
     narrowest = torch.where(tight > 0, tight, widest * 2.0**-8)
-    density = _density(counts, torch.clamp(narrowest / levels, min=numerics.SCALE_FLOOR) / 2)
+    # a quarter and not half of the smallest step: refinement goes a little beyond the end
+    density = _density(counts, torch.clamp(narrowest / levels, min=numerics.SCALE_FLOOR) / 4)
 
     # a bound below a quarter of a step rounds to zero anyway
     least = narrowest / (4 * levels)
@@ -112,7 +120,8 @@ def least_squares_range(
     else:
         ends = ((tight_low, -whole_low), (tight_high, whole_high))
         best_low, best_high, best = _search_2d(density, ends, least, low, high, scheme)
-    better = best < (1.0 - MARGIN) * whole
+    whole = _errors(density, low[:, None], high[:, None], scheme)[:, 0]
+    better = best < (1.0 - margin) * whole
     return torch.where(better, best_low, low), torch.where(better, best_high, high)
 
 
@@ -148,35 +157,42 @@ def _tightest_side(counts: Tensor, edges: Tensor, budget: Tensor) -> Tensor:
 
 
 def _density(counts: Counts, resolution: Tensor) -> Density:
-    """Return the density of each channel; those below `resolution`, (C,), become one bin a side.
+    """Return the density of each channel, without the elements smaller than `resolution`, (C,), half a step.
 
-    Those elements quantize to zero with every candidate, so how they are spread is of no interest.
+    Those quantize to zero with every candidate, so they cost their squares.
     """
+    left, right = counts.edges[:-1], counts.edges[1:]
+    second_moments = (left**2 + left * right + right**2) / 3.0
+    constant = torch.zeros_like(resolution)
     sides = []
     for side, inner, outer in (
         (counts.negative, -counts.high, -counts.low),
         (counts.positive, counts.low, counts.high),
     ):
         height = side.shape[-1]
-        top = height - 1 - torch.argmax((side.flip(-1) > 0).to(torch.uint8), dim=-1)
+        # the outermost bin in use; an empty side must not make the window wide
+        top = ((side > 0) * torch.arange(height)).amax(-1)
         bottom = torch.searchsorted(counts.edges, resolution, right=True) - 1
         width = int(torch.clamp(top - torch.minimum(bottom, top) + 1, min=1).max())
         index = top[:, None] + torch.arange(1 - width, 1)
         inside = side.gather(-1, index.clamp(min=0)) * (index >= 0)
-        rest = side.sum(-1, keepdim=True) - inside.sum(-1, keepdim=True)
+        below = torch.arange(height) <= top[:, None] - width
+        constant = constant + (side * second_moments * below).sum(-1)
         edges = counts.edges[(top[:, None] + torch.arange(1 - width, 2)).clamp(min=0)]
-        # the outermost bins end at the smallest and the largest element, unless that leaves nothing of them
+        # the bins in use end at the smallest and the largest element, and one element is known to be the latter
         edges = torch.maximum(edges, inner[:, None])
-        edges[:, -1] = torch.maximum(torch.minimum(edges[:, -1], outer), edges[:, -2] * (1 + _THINNEST))
-        elements = torch.cat([rest, inside], dim=-1)
-        edges = torch.cat([torch.zeros_like(edges[:, :1]), edges], dim=-1)
+        edges[:, -1:] = torch.clamp(outer[:, None], min=edges[:, -2:-1], max=edges[:, -1:])
+        last = inside[:, -1:]
+        known = torch.where(edges[:, -1:] > edges[:, -2:-1], last.clamp(max=1.0), last)
+        elements = torch.cat([inside[:, :-1], last - known, known], dim=-1)
+        edges = torch.cat([edges, edges[:, -1:] * (1.0 + _THINNEST)], dim=-1)
         widths = edges.diff(dim=-1)
         sides.append((edges, torch.where(widths > 0, elements / widths.clamp(min=1e-300), 0.0)))
     (edges_neg, dense_neg), (edges_pos, dense_pos) = sides
     points = torch.cat([-edges_neg.flip(-1), edges_pos], dim=-1)
     nothing = torch.zeros_like(points[:, :1])
     dense = torch.cat([nothing, dense_neg.flip(-1), nothing, dense_pos, nothing], dim=-1)
-    return Density(points, -dense.diff(dim=-1))
+    return Density(points, -dense.diff(dim=-1), constant)
 
 
 def _errors(density: Density, low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
@@ -191,12 +207,13 @@ def _errors(density: Density, low: Tensor, high: Tensor, scheme: Scheme) -> Tens
         part = slice(at, at + step)
         scales, zeros = s[:, part, None], z[:, part, None]
         t = density.points[:, None, :]
-        k = (t / scales).round_()
-        k.clamp_(qmin - zeros, qmax - zeros)
+        # rounding after the clamp to integers is the same, and keeps the numbers small enough for this way to round;
+        # torch.round would wait for all threads at every call
+        k = (t / scales).clamp_(qmin - zeros, qmax - zeros).add_(_TO_INTEGER).sub_(_TO_INTEGER)
         r = torch.addcmul(t, k, scales, value=-1.0)
-        primitive = (r * r).mul_(r).div_(3.0).add_(k.mul_(scales**3 / 12.0))
-        out[:, part] = (primitive @ density.jumps[:, :, None])[..., 0]
-    return out
+        primitive = (r * r).mul_(r).div_(3.0).add_(k.mul_(scales * scales * scales / 12.0))
+        out[:, part] = primitive.mul_(density.jumps[:, None, :]).sum(-1)
+    return out + density.constant[:, None]
 
 
 def _ladder(tight: Tensor, widest: Tensor, least: Tensor, count: int) -> tuple[Tensor, Tensor]:
