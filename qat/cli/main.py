@@ -53,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [a for a in arguments if a != "--debug"]
     command = typer.main.get_command(make_app())
     try:
-        with _one_line_warnings(debug):
-            status = command.main(arguments, prog_name="qat", standalone_mode=False)
+        # not `command.main`: what that makes of an interrupt or a closed pipe differs between versions of typer
+        with _one_line_warnings(debug), command.make_context("qat", arguments) as context:
+            command.invoke(context)
         sys.stdout.flush()
     except Exception as error:  # noqa: BLE001 - the one place where everything ends
         if debug:
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         _complain("interrupted")
         return INTERRUPTED
-    return status if isinstance(status, int) else 0
+    return 0
 
 
 def _explain(error: Exception) -> int:
@@ -73,6 +74,8 @@ def _explain(error: Exception) -> int:
     if isinstance(error, QatError):
         _complain(str(error))
         return error.exit_status
+    if isinstance(error, typer.Exit):
+        return error.exit_code
     if isinstance(error, typer.Abort):
         _complain("interrupted")
         return INTERRUPTED

@@ -131,13 +131,16 @@ class _Run:
         skipped = self.session.data.skipped.summary()
         if skipped:
             self.say(skipped)
-        table = results_table(self.state.results)
-        self.say("\n" + table + "\n")
-        for line in (self.state.details.get("verified"), self._contract()):
-            if line:
-                self.say(line)
-        self._keep(status="done", details={**self.state.details, "seconds": time.perf_counter() - start})
-        self.say(f"{self.folder.path}: done in {time.perf_counter() - start:.1f} s")
+        seconds = time.perf_counter() - start
+        self._keep(details={**self.state.details, "seconds": seconds})
+        self.say(f"finished in {seconds:.1f} s: {self.folder.path}")
+        self.say("\n" + results_table(self.state.results) + "\n")
+        if "verified" in self.state.details:
+            self.say(self.state.details["verified"])
+        contract = self._contract()
+        if contract:
+            self.say(contract)
+        self._keep(status="done")
 
     # -- steps
 

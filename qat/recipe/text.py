@@ -41,7 +41,11 @@ def parse_yaml(text: str, source: str) -> Any:
         RecipeError: It is not such YAML; `source`, line and cause are named.
     """
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a subclass of the safe loader
+        loader = _Loader(text)
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = source if mark is None else f"{source}, line {mark.line + 1}"
