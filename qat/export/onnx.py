@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 from qat.errors import ExportError
 from qat.export import islands
 from qat.export.emitters import border, elementwise, normalization, pooling, products, shape, spatial
-from qat.export.emitters.context import Context, Emitter
+from qat.export.emitters.context import Context, Emitter, FourBitWeights
 from qat.export.emitters.types import FLOAT_TYPES
 from qat.integer.program import Program
 
@@ -37,6 +37,7 @@ def program_to_onnx(
     batch_size: int = 1,
     name: str = "model",
     metadata: Mapping[str, str] | None = None,
+    four_bit_weights: FourBitWeights = "cast",
 ) -> onnx.ModelProto:
     """Express a program in ONNX with QuantizeLinear and DequantizeLinear; equal programs give equal bytes.
 
@@ -47,6 +48,10 @@ def program_to_onnx(
         batch_size: Batch size where it is not open.
         name: Name of the graph.
         metadata: Further entries of the model's `metadata_props`.
+        four_bit_weights: 4-bit weights are stored in 4 bits either way. `cast` widens them by a Cast, which runtimes
+            fold at loading, so that the layer is an 8-bit integer one (ONNX Runtime on a CPU has no other); `direct`
+            gives them to DequantizeLinear as they are, as runtimes with 4-bit kernels want it. Per-group
+            weights are always `direct`.
 
     Returns:
         A model that the ONNX checker accepts. Inputs and outputs are float and bear the user's names; a
@@ -57,9 +62,11 @@ def program_to_onnx(
     """
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} cannot be exported", f"use {OPSETS.start} to {OPSETS.stop - 1}")
+    if four_bit_weights not in ("cast", "direct"):
+        raise ExportError(f"unknown spelling {four_bit_weights!r} of 4-bit weights", "use cast or direct")
     if batch_size < 1:
         raise ExportError(f"batch size {batch_size} is not positive", "use at least 1")
-    ctx = Context(program, opset, None if dynamic_batch else batch_size)
+    ctx = Context(program, opset, None if dynamic_batch else batch_size, four_bit_weights)
     table = emitters()
     inputs = []
     for entry in program.inputs:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +19,11 @@ from torch import Tensor
 
 from qat.errors import DataError, ExportError, VerificationError
 from qat.export.difference import Level, Tally, Verification, codes_of
+from qat.export.emitters.context import FourBitWeights
 from qat.export.emitters.types import FLOAT_TYPES, ONNX_TYPES
 from qat.export.onnx import TensorNames, model_bytes, program_to_onnx, quantized_tensors
 from qat.export.overflow import OverflowReport, prove_no_overflow
+from qat.export.runtime import session, session_entries
 from qat.files import atomic_path
 from qat.integer.program import Program
 from qat.scheme import int_type
@@ -63,25 +65,6 @@ class ExportResult:
             f"{self.verification.samples} samples: largest difference {worst.max_difference:g} codes, "
             f"{100 * worst.unequal_share:.4g} % unequal ({worst.name})"
         )
-
-
-def session(model: bytes | str, threads: int | None = None) -> Any:
-    """Return an `onnxruntime.InferenceSession` on the CPU with the default graph optimizations.
-
-    Args:
-        model: The serialised model or the path of its file.
-        threads: Threads within an operator; PyTorch's number if None.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or torch.get_num_threads()
-    options.log_severity_level = 3
-    # x86 CPUs without VNNI add pairs of uint8 x int8 products in 16 bits, with saturation: sums that the
-    # simulation computes exactly would be clipped. This entry makes the runtime use exact kernels on those
-    # CPUs, and does nothing on others.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def verify_onnx(
@@ -137,6 +120,7 @@ def verify_onnx(
         level,
         sum(int(batch[0].shape[0]) if batch and batch[0].dim() else 1 for batch in batches),
         tuple(tally.result() for group in tallies for tally in group),
+        tuple(f"{key}={value}" for key, value in session_entries().items()),
     )
 
 
@@ -273,6 +257,7 @@ def export_program(
     opset: int = 21,
     name: str = "model",
     metadata: Mapping[str, str] | None = None,
+    four_bit_weights: FourBitWeights = "cast",
 ) -> ExportResult:
     """Write a program as an ONNX file, execute it in ONNX Runtime and compare; a difference leaves no file.
 
@@ -285,7 +270,7 @@ def export_program(
         path: The file to write.
         samples: Batches to execute, see `verify_onnx`; not read where `verify` is False.
         executor: Computes the simulation, see `verify_onnx`.
-        bound: Largest difference in codes that an output may have.
+        bound: Largest difference in codes that an output may have; see `TensorDifference.within` for 16 bits.
         unequal_share: Share of the codes of an output that may differ at all (4 codes always may), or None.
         verify: `outputs`, `layers`, or False to skip the execution.
         dynamic_batch: Leave the batch size open.
@@ -293,6 +278,7 @@ def export_program(
         opset: Version of the standard operators.
         name: Name of the graph.
         metadata: Further entries of the model's metadata.
+        four_bit_weights: See `program_to_onnx`.
 
     Raises:
         ExportError: The program cannot be expressed, or an accumulator may overflow.
@@ -302,7 +288,13 @@ def export_program(
     final = Path(path)
     overflow = prove_no_overflow(program)
     model = program_to_onnx(
-        program, opset=opset, dynamic_batch=dynamic_batch, batch_size=batch_size, name=name, metadata=metadata
+        program,
+        opset=opset,
+        dynamic_batch=dynamic_batch,
+        batch_size=batch_size,
+        name=name,
+        metadata=metadata,
+        four_bit_weights=four_bit_weights,
     )
     content = model_bytes(model)
     with atomic_path(final) as temporary:
@@ -316,9 +308,7 @@ def export_program(
 
 
 def _require(verification: Verification, outputs: int, bound: float, unequal_share: float | None, final: Path) -> None:
-    checked = Verification(
-        verification.runtime, verification.level, verification.samples, verification.tensors[:outputs]
-    )
+    checked = replace(verification, tensors=verification.tensors[:outputs])
     failed = checked.failures(bound, unequal_share)
     if failed:
         worst = failed[0]

@@ -278,18 +278,16 @@ def samples(program: Program, batch: int = 3, batches: int = 2, spread: float = 
     ]
 
 
-def residual_network() -> Program:
+def residual_network(dtype: str = "uint8", weight_dtype: str = "int8") -> Program:
     """Conv, depthwise conv, add, pooling and a classifier, named as in a user's model."""
     g = torch.Generator().manual_seed(1)
     b = Builder()
-    x = b.input("x", (B, 3, 12, 12), enc())
-    a_enc, d_enc, s_enc = enc(low=0.0, high=4.0), enc(low=-2.0, high=2.0), enc(low=-2.0, high=5.0)
+    x = b.input("x", (B, 3, 12, 12), enc(dtype))
+    a_enc, d_enc, s_enc = enc(dtype, 0.0, 4.0), enc(dtype, -2.0, 2.0), enc(dtype, -2.0, 5.0)
 
     def conv(name: str, source: str, cin: int, cout: int, groups: int, size: int, e: Encoding) -> str:
-        w = weight(
-            f"{name}.weight",
-            torch.randn(cout, cin // groups, 3, 3, generator=g) / math.sqrt(9 * cin / groups),
-        )
+        kernel = torch.randn(cout, cin // groups, 3, 3, generator=g) / math.sqrt(9 * cin / groups)
+        w = weight(f"{name}.weight", kernel, weight_dtype)
         source_encoding = b.tensors[source].encoding
         assert source_encoding is not None
         assert w.encoding is not None
@@ -321,9 +319,9 @@ def residual_network() -> Program:
         dilation=(1, 1),
         ceil_mode=False,
     )
-    average = b.op("mean", "avgpool", (pooled,), (B, 8, 1, 1), enc(low=-1.0, high=4.0), axes=(2, 3), keepdims=True)
+    average = b.op("mean", "avgpool", (pooled,), (B, 8, 1, 1), enc(dtype, -1.0, 4.0), axes=(2, 3), keepdims=True)
     flat = b.op("reshape", "flatten", (average,), (B, 8), b.tensors["avgpool"].encoding, shape=(-1, 8))
-    w = weight("classifier.weight", torch.randn(10, 8, generator=g) / 3)
+    w = weight("classifier.weight", torch.randn(10, 8, generator=g) / 3, weight_dtype)
     assert w.encoding is not None
     bb = bias(
         "classifier.bias",
@@ -331,5 +329,5 @@ def residual_network() -> Program:
         b.tensors["avgpool"].encoding or enc(),
         w.encoding,
     )
-    b.output(b.op("linear", "classifier", (flat, b.constant(w), b.constant(bb)), (B, 10), enc(low=-4.0, high=4.0)))
+    b.output(b.op("linear", "classifier", (flat, b.constant(w), b.constant(bb)), (B, 10), enc(dtype, -4.0, 4.0)))
     return b.program()

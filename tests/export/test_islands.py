@@ -89,7 +89,7 @@ def test_an_island_with_control_flow_keeps_its_branches_apart() -> None:
     inputs = [(torch.ones(4, 8),), (-torch.ones(4, 8),)]
     for (sample,) in inputs:
         expected = choose(choose(sample))
-        from qat.export.verify import session
+        from qat.export.runtime import session
 
         assert torch.equal(torch.from_numpy(session(model_bytes(model)).run(None, {"x": sample.numpy()})[0]), expected)
 

@@ -9,13 +9,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_programs import B, Builder, bias, enc, execute, residual_network, samples, single, weight
+from export_programs import B, Builder, bias, enc, execute, integer, residual_network, samples, single, weight
 
 from qat.encoding import Encoding
 from qat.errors import ExportError
 from qat.export.emitters.types import integer_tensor
 from qat.export.onnx import emitters, model_bytes, program_to_onnx
-from qat.export.verify import session, verify_onnx
+from qat.export.runtime import session, session_entries
+from qat.export.verify import verify_onnx
 from qat.integer.program import Constant, Op, Program, TensorInfo
 
 KINDS = """conv conv_transpose linear matmul add sub mul div clamp table prelu softmax layer_norm max_pool avg_pool
@@ -73,6 +74,42 @@ def test_a_linear_on_tokens_is_fused_to_an_integer_gemm(tmp_path: Path) -> None:
     ops = optimized(program_to_onnx(program), tmp_path)
     assert "QGemm" in ops
     assert ops.count("QuantizeLinear") == ops.count("DequantizeLinear") == 1
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_network_with_a_shortcut_gives_every_code_of_the_integer_model(dtype: str, weights: str) -> None:
+    program = residual_network(dtype, weights)
+    result = verify_onnx(program_to_onnx(program), program, samples(program, batch=8), integer, level="layers")
+    assert result.worst.max_difference == 0, str(result)
+
+
+def test_four_bit_weights_are_stored_in_four_bits_and_fused_in_eight(tmp_path: Path) -> None:
+    program = residual_network(weight_dtype="int4")
+    model = program_to_onnx(program)
+    (codes,) = [t for t in model.graph.initializer if t.name == "features.0.weight/codes"]
+    assert codes.data_type == onnx.TensorProto.INT4
+    assert len(codes.raw_data) == 8 * 3 * 3 * 3 / 2
+    assert {"QLinearConv", "QGemm"} <= set(optimized(model, tmp_path))
+    direct = program_to_onnx(program, four_bit_weights="direct")
+    assert "Cast" not in kinds(direct)
+    readers = [n for n in direct.graph.node if "features.0.weight/codes" in n.input]
+    assert [n.op_type for n in readers] == ["DequantizeLinear"]
+    assert verify_onnx(direct, program, samples(program), integer).ok(1)
+    with pytest.raises(ExportError, match="unknown spelling 'packed' of 4-bit weights"):
+        program_to_onnx(program, four_bit_weights="packed")  # type: ignore[arg-type]
+
+
+def test_the_session_entries_follow_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for machine, flags, expected in (
+        ("aarch64", {}, {}),
+        ("x86_64", {"avx512_vnni": True}, {"session.qdqisint8allowed": "1"}),
+        ("AMD64", {"avx_vnni": True}, {"session.qdqisint8allowed": "1"}),
+        ("x86_64", {"avx2": True}, {"session.x64quantprecision": "1"}),
+    ):
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert session_entries() == expected
 
 
 def test_layers_as_outputs_leave_the_fusion_as_it_is(tmp_path: Path) -> None:

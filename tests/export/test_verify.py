@@ -19,6 +19,7 @@ from qat.encoding import Encoding
 from qat.errors import DataError, ExportError, OutputError, VerificationError
 from qat.export.difference import Tally, TensorDifference, Verification, codes_of
 from qat.export.onnx import program_to_onnx
+from qat.export.runtime import session_entries
 from qat.export.verify import export_program, verify_onnx
 from qat.integer.program import Constant, Program
 
@@ -49,6 +50,7 @@ def test_an_export_is_written_executed_and_described(tmp_path: Path) -> None:
     assert result.verification.samples == 6
     assert [t.name for t in result.verification.tensors] == ["classifier"]
     assert result.verification.tensors[0].count == 60
+    assert result.verification.options == tuple(f"{k}={v}" for k, v in session_entries().items())
     assert "verified in ONNX Runtime" in str(result)
     assert len(result.overflow.layers) == 3
     assert [p.name for p in path.parent.iterdir()] == ["model.onnx"]
@@ -132,6 +134,7 @@ def test_the_record_as_text_and_as_json() -> None:
     assert json.loads(json.dumps(record.to_json()))["tensors"] == [
         {"name": "head", "dtype": "uint8", "count": 200, "max_difference": 1.0, "unequal": 4, "unequal_share": 0.02}
     ]
+    assert record.to_json()["options"] == []
     first, _, row = str(record).splitlines()
     assert first == "ONNX Runtime 9, 3 samples, compared: outputs"
     assert row.split() == ["head", "uint8", "200", "1", "4", "(2", "%)"]
@@ -141,6 +144,15 @@ def test_four_codes_are_never_held_against_the_share() -> None:
     assert TensorDifference("y", "uint8", 20, 1.0, 4).within(1, 0.01)
     assert not TensorDifference("y", "uint8", 20, 1.0, 5).within(1, 0.01)
     assert not TensorDifference("y", "uint8", 20, 2.0, 1).within(1, 0.01)
+
+
+def test_sixteen_bit_codes_count_as_parts_of_an_eight_bit_one() -> None:
+    fine = TensorDifference("y", "uint16", 1000, 200.0, 900)
+    assert fine.within(1, 0.01)
+    assert not fine.within(0.5, 0.01)
+    coarse = TensorDifference("x", "uint8", 1000, 1.0, 1)
+    record = Verification("ONNX Runtime 9", "outputs", 3, (fine, coarse))
+    assert record.worst == coarse
 
 
 def test_float_tensors_are_compared_on_a_grid_of_their_own_size() -> None:

@@ -18,7 +18,7 @@ of a type that MaxPool does not have.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ MOVERS = frozenset({"reshape", "transpose", "slice", "expand", "identity", "conc
 #: kinds after which ONNX Runtime may drop a 4-bit QuantizeLinear and does it right
 _COPIERS = frozenset({"reshape", "transpose", "slice", "expand", "identity", "concat"})
 
+#: `cast`: INT4 initializer, Cast to 8 bits, DequantizeLinear; `direct`: DequantizeLinear on the INT4 initializer
+FourBitWeights = Literal["cast", "direct"]
+
 Emitter = Callable[["Context", Op], None]
 
 
@@ -48,10 +51,14 @@ class Context:
         program: What is exported.
         opset: Version of the standard operators.
         batch: Fixed batch size, or None to leave it open (dimension `batch`).
+        four_bit_weights: How 4-bit constants reach DequantizeLinear, see `FourBitWeights`.
     """
 
-    def __init__(self, program: Program, opset: int, batch: int | None) -> None:
+    def __init__(
+        self, program: Program, opset: int, batch: int | None, four_bit_weights: FourBitWeights = "cast"
+    ) -> None:
         self.program = program
+        self.four_bit_weights = four_bit_weights
         self.opset = opset
         self.batch = batch
         self.nodes: list[onnx.NodeProto] = []
@@ -292,8 +299,16 @@ class Context:
         codes = self.add_initializer(
             integer_tensor(self.fresh(f"{unique}/codes"), values.numpy(), constant.encoding.dtype)
         )
+        encoding = constant.encoding
+        four_bits = int_type(encoding.dtype).bits == 4
+        if four_bits and self.four_bit_weights == "cast" and encoding.granularity.size is None:
+            # folded when the model is loaded: the file holds 4 bits, and the operator is fused like any 8-bit one
+            encoding = eight_bits(encoding)
+            wide = self.fresh(f"{unique}/codes8")
+            codes = self.node("Cast", [codes], [wide], where=unique, to=ONNX_TYPES[encoding.dtype])
+            self.declare(codes, ONNX_TYPES[encoding.dtype], list(values.shape))
         self._codes[name] = codes
-        return self._dequantize(codes, constant.encoding, unique, unique, tuple(values.shape))
+        return self._dequantize(codes, encoding, unique, unique, tuple(values.shape))
 
     def _parameters_of(
         self, encoding: Encoding, base: str, shape: Sequence[int] | None
