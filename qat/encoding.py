@@ -394,9 +394,7 @@ class Encodings(Mapping[str, Encoding]):
         """Return the tensors in which the tables differ, in the order of `self`, then of `other`."""
         names = list(dict.fromkeys([*self, *other]))
         return tuple(
-            Difference(name, self.get(name), other.get(name))
-            for name in names
-            if self.get(name) != other.get(name)
+            Difference(name, self.get(name), other.get(name)) for name in names if self.get(name) != other.get(name)
         )
 
     def to_json(self) -> dict[str, Any]:
