@@ -40,7 +40,12 @@ def run(
         overwrite=overwrite,
         skip_bad=skip_bad,
         quiet=quiet or as_json,
-        say=(lambda line: None) if as_json else print,
+        say=_silent if quiet or as_json else print,
+        show=_silent if as_json else print,
     )
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.state.to_json()}, indent=1))
+
+
+def _silent(line: str) -> None:
+    """Print nothing."""

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -89,13 +89,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return parse_recipe(read_recipe(path, overrides), str(path))
 
 
-def expand(recipe: Recipe, environment: Mapping[str, str] | None = None, *, keep_unset: bool = False) -> Recipe:
+def expand(
+    recipe: Recipe,
+    environment: Mapping[str, str] | None = None,
+    *,
+    keep_unset: bool = False,
+    part: Literal["model", "data"] | None = None,
+) -> Recipe:
     """Return the recipe with ${VAR} and ${VAR:-default} replaced in the values that are paths.
 
     Args:
         recipe: The recipe.
         environment: Variables; None for the environment of the process.
         keep_unset: Leave a variable that is not set as it is written, instead of stopping.
+        part: Only in this part of the recipe; None for everywhere.
 
     Raises:
         RecipeError: A variable is not set and has no default; it and the key are named.
@@ -118,9 +125,9 @@ def expand(recipe: Recipe, environment: Mapping[str, str] | None = None, *, keep
 
     data = recipe.to_data()
     for key in PATH_KEYS:
-        part, _, name = key.partition(".")
-        if isinstance(data[part][name], str):
-            data[part][name] = replace(key, data[part][name])
+        owner, _, name = key.partition(".")
+        if part in (None, owner) and isinstance(data[owner][name], str):
+            data[owner][name] = replace(key, data[owner][name])
     return Recipe.model_validate(data)
 
 

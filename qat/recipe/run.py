@@ -38,6 +38,10 @@ class RunResult:
     state: RunState
 
 
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
 def run_recipe(
     recipe: Recipe,
     out: Path | None = None,
@@ -46,7 +50,8 @@ def run_recipe(
     overwrite: bool = False,
     skip_bad: bool = False,
     quiet: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] = _silent,
+    show: Callable[[str], None] | None = None,
 ) -> RunResult:
     """Do what a recipe says and leave everything in one folder.
 
@@ -57,14 +62,17 @@ def run_recipe(
         overwrite: Replace a run that is in the folder.
         skip_bad: Skip unreadable images.
         quiet: No progress bars.
-        say: Gets every line that is for the user.
+        say: Gets every line that tells how the run goes.
+        show: Gets the lines that tell what came of it: the table, the verification, the contract; None for `say`.
 
     Raises:
         QatError: Anything that is wrong with the recipe, the data, the model or the folder.
         VerificationError: The exported file differs from the simulation.
         ExpectationError: The contract does not hold; the folder is complete nevertheless.
     """
-    run = _Run(recipe, RunFolder(out or Path("runs") / recipe.name), resume, overwrite, skip_bad, quiet, say)
+    run = _Run(
+        recipe, RunFolder(out or Path("runs") / recipe.name), resume, overwrite, skip_bad, quiet, say, show or say
+    )
     return run.execute()
 
 
@@ -78,10 +86,11 @@ class _Run:
         skip_bad: bool,
         quiet: bool,
         say: Callable[[str], None],
+        show: Callable[[str], None],
     ) -> None:
         self.folder = folder
         self.quiet = quiet
-        self._show = say
+        self._say, self._show = say, show
         # what can be wrong with recipe, data and model is found before the folder is touched
         self.session = Session(recipe, skip_bad=skip_bad, run=folder if resume and folder.is_run() else None)
         self.recipe = self.session.recipe
@@ -92,6 +101,10 @@ class _Run:
         self.state = folder.open(self.recipe, resume=resume, overwrite=overwrite)
 
     def say(self, line: str) -> None:
+        self._say(line)
+        self.folder.log(line)
+
+    def show(self, line: str) -> None:
         self._show(line)
         self.folder.log(line)
 
@@ -130,16 +143,16 @@ class _Run:
             self._export()
         skipped = self.session.data.skipped.summary()
         if skipped:
-            self.say(skipped)
+            self.show(skipped)
         seconds = time.perf_counter() - start
         self._keep(details={**self.state.details, "seconds": seconds})
         self.say(f"finished in {seconds:.1f} s: {self.folder.path}")
-        self.say("\n" + results_table(self.state.results) + "\n")
+        self.show("\n" + results_table(self.state.results) + "\n")
         if "verified" in self.state.details:
-            self.say(self.state.details["verified"])
+            self.show(self.state.details["verified"])
         contract = self._contract()
         if contract:
-            self.say(contract)
+            self.show(contract)
         self._keep(status="done")
 
     # -- steps

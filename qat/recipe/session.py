@@ -25,16 +25,18 @@ class Session:
     """What the steps of a run share.
 
     Args:
-        recipe: A validated recipe; variables are expanded here.
+        recipe: A validated recipe; variables are expanded here, or, where they are not set, missed when they are
+            needed.
         skip_bad: Skip unreadable images even where the recipe does not say so.
         run: Folder of a run whose checkpoints are to be used, or None.
 
     Raises:
-        RecipeError: A variable is not set, or a GPU is asked for and there is none.
+        RecipeError: A GPU is asked for and there is none.
     """
 
     def __init__(self, recipe: Recipe, *, skip_bad: bool = False, run: RunFolder | None = None) -> None:
-        self.recipe = expand(recipe)
+        # a variable that is not set stops only what needs it: a plan can be made where the data is not
+        self.recipe = expand(recipe, keep_unset=True)
         self.spec = data_spec(self.recipe, skip_bad=skip_bad)
         self.device = stages.choose_device(self.recipe)
         self.run = run
@@ -44,6 +46,7 @@ class Session:
     @functools.cached_property
     def data(self) -> Data:
         """The data."""
+        expand(self.recipe, part="data")
         return load_data(self.spec)
 
     @property
@@ -60,6 +63,7 @@ class Session:
     @functools.cached_property
     def model(self) -> nn.Module:
         """The float model: of the last float checkpoint of the run, else as the recipe makes it."""
+        expand(self.recipe, part="model")
         model = stages.build_model(self.recipe.model, self.recipe.seed).to(self.device)
         checkpoint = self._checkpoint("float")
         if checkpoint is not None:
