@@ -6,7 +6,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -299,19 +299,31 @@ class Difference:
             )
             if x != y
         ]
-        if a.zero_point != b.zero_point:
-            words.insert(0, f"zero point {_short(a.zero_point)} -> {_short(b.zero_point)}")
-        if a.scale != b.scale:
-            if len(a.scale) == len(b.scale):
-                worst = max(abs(y / x - 1.0) for x, y in zip(a.scale, b.scale, strict=True))
-                words.insert(0, f"scale {_short(a.scale)} -> {_short(b.scale)} (by {100 * worst:.3g} %)")
-            else:
-                words.insert(0, f"{len(a.scale)} -> {len(b.scale)} scales")
+        if len(a.scale) != len(b.scale):
+            words.insert(0, f"{len(a.scale)} -> {len(b.scale)} scales")
+        else:
+            if a.zero_point != b.zero_point:
+                moved = [abs(y - x) for x, y in zip(a.zero_point, b.zero_point, strict=True)]
+                words.insert(0, f"zero point{_largest(moved, a.zero_point, b.zero_point)}")
+            if a.scale != b.scale:
+                grown = [abs(y / x - 1.0) for x, y in zip(a.scale, b.scale, strict=True)]
+                words.insert(0, f"scale{_largest(grown, a.scale, b.scale)} (by {100 * max(grown):.3g} %)")
         return f"{self.name}: " + (", ".join(words) or "observed range or sample count")
 
 
-def _short(values: tuple[Any, ...]) -> str:
-    text = str(values[0]) if isinstance(values[0], int) else f"{values[0]:.6g}"
+def _largest(changes: Sequence[float], before: Sequence[float], after: Sequence[float]) -> str:
+    """Return the values that changed most, with their index where there are several: `[3] 0.5 -> 0.25`."""
+    worst = max(range(len(changes)), key=changes.__getitem__)
+    place = f"[{worst}]" if len(changes) > 1 else ""
+    return f"{place} {_number(before[worst])} -> {_number(after[worst])}"
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
+
+
+def _short(values: Sequence[float]) -> str:
+    text = _number(values[0])
     return text if len(values) == 1 else f"{text}.. ({len(values)})"
 
 
