@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from qat.errors import SchemeError
-from qat.scheme import Granularity, ObserverSpec, Scheme
+from qat.scheme import Granularity, ObserverSpec, Scheme, int_type
 
-_SCHEME_KEYS = {f.name for f in fields(Scheme)} | {"axis", "group_size"}
+#: the axis of a granularity is no key: it follows from the operator
+_SCHEME_KEYS = {f.name for f in fields(Scheme)} | {"group_size"}
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class LayerRule:
     """What the layers whose name matches `pattern` get instead of the default.
 
     Attributes:
-        pattern: Shell-style pattern on the tensor name; `features.3.*` also matches `features.3` itself.
+        pattern: Shell-style pattern on the tensor name; `features.3.*` also matches `features.3` itself. The name
+            without its call site (`#2`) is matched too.
         activations: Changes to the activation scheme, by key.
         weights: Changes to the weight scheme, by key.
         float_: The layer stays float.
@@ -59,25 +61,21 @@ class Schemes:
                 decision = rule.float_
         return decision
 
-    def activation(self, name: str) -> Scheme:
-        """Scheme of the activation `name`."""
+    def activation(self, *names: str) -> Scheme:
+        """Scheme of an activation; `names` are the tensors that are computed together (conv, its norm, its clamp)."""
         scheme = self.activations
         for rule in self.layers:
-            if rule.activations and rule.matches(name):
-                scheme = change_scheme(scheme, rule.activations, f"layers.{rule.pattern}.activations")
+            if rule.activations and any(rule.matches(name) for name in names):
+                scheme = change_scheme(scheme, rule.activations, f"scheme.layers.{rule.pattern}.activations")
         return scheme
 
     def weight(self, name: str) -> Scheme:
-        """Scheme of the weight of the operator that produces `name`; the channel axis is set by the operator."""
+        """Scheme of the weight of the operator that produces `name`; the axis is set by the operator."""
         scheme = self.weights
         for rule in self.layers:
             if rule.weights and rule.matches(name):
-                scheme = change_scheme(scheme, rule.weights, f"layers.{rule.pattern}.weights")
+                scheme = change_scheme(scheme, rule.weights, f"scheme.layers.{rule.pattern}.weights")
         return scheme
-
-    def unmatched(self, names: list[str]) -> list[str]:
-        """Patterns that match none of `names`."""
-        return [rule.pattern for rule in self.layers if not any(rule.matches(name) for name in names)]
 
 
 def make_schemes(given: Schemes | Mapping[str, Any] | None, activations: Scheme, weights: Scheme) -> Schemes:
@@ -94,16 +92,23 @@ def make_schemes(given: Schemes | Mapping[str, Any] | None, activations: Scheme,
     """
     if isinstance(given, Schemes):
         return given
-    given = dict(given or {})
+    if given is not None and not isinstance(given, Mapping):
+        raise SchemeError(f"scheme is {given!r}", "write a mapping with activations, weights and layers")
+    given = given or {}
     _known(given, {"activations", "weights", "layers"}, "scheme")
     layers = given.get("layers") or {}
     if not isinstance(layers, Mapping):
         raise SchemeError("scheme.layers is not a mapping", "write pattern: float, or pattern: {weights: {...}}")
-    return Schemes(
-        activations=change_scheme(activations, given.get("activations") or {}, "scheme.activations"),
-        weights=change_scheme(weights, given.get("weights") or {}, "scheme.weights"),
+    schemes = Schemes(
+        activations=change_scheme(activations, given.get("activations"), "scheme.activations"),
+        weights=change_scheme(weights, given.get("weights"), "scheme.weights"),
         layers=tuple(_layer_rule(str(pattern), rule) for pattern, rule in layers.items()),
     )
+    for rule in schemes.layers:
+        # what is wrong is told even where no tensor has such a name
+        change_scheme(schemes.activations, rule.activations, f"scheme.layers.{rule.pattern}.activations")
+        change_scheme(schemes.weights, rule.weights, f"scheme.layers.{rule.pattern}.weights")
+    return schemes
 
 
 def _layer_rule(pattern: str, rule: object) -> LayerRule:
@@ -113,13 +118,11 @@ def _layer_rule(pattern: str, rule: object) -> LayerRule:
     if not isinstance(rule, Mapping):
         raise SchemeError(f"{where} is {rule!r}", "write float, or {activations: {...}, weights: {...}}")
     _known(rule, {"activations", "weights"}, where)
-    for part in ("activations", "weights"):
-        _known(rule.get(part) or {}, _SCHEME_KEYS, f"{where}.{part}")
     return LayerRule(pattern, rule.get("activations"), rule.get("weights"))
 
 
-def change_scheme(base: Scheme, changes: Mapping[str, Any], where: str) -> Scheme:
-    """Return `base` with some keys changed, as they are written in a recipe.
+def change_scheme(base: Scheme, changes: Mapping[str, Any] | None, where: str) -> Scheme:
+    """Return `base` with some keys changed, as they are written in a recipe; None changes nothing.
 
     A new dtype drops the base's narrower integer range, except that symmetric signed weights stay symmetric
     (`[-7, 7]` for int4, `[-127, 127]` for int8) where the base was so.
@@ -127,33 +130,36 @@ def change_scheme(base: Scheme, changes: Mapping[str, Any], where: str) -> Schem
     Raises:
         SchemeError: An unknown key or an impossible value; `where` is named.
     """
+    if changes is None:
+        return base
     if not isinstance(changes, Mapping):
         raise SchemeError(f"{where} is {changes!r}", "write a mapping such as {dtype: int8}")
     _known(changes, _SCHEME_KEYS, where)
     values = {f.name: getattr(base, f.name) for f in fields(Scheme)}
-    values.update({k: v for k, v in changes.items() if k not in ("granularity", "axis", "group_size", "observer")})
-    if "dtype" in changes and changes["dtype"] != base.dtype:
-        mirrored = base.symmetric and base.qmin is not None and base.qmin == -(base.int_type.qmax)
-        new = Scheme(dtype=changes["dtype"]).int_type
-        for key in ("qmin", "qmax"):
-            values[key] = changes.get(key)
-        if mirrored and new.signed and values["qmin"] is None:
-            values["qmin"] = -new.qmax
-    granularity = changes.get("granularity", base.granularity)
-    if not isinstance(granularity, Granularity):
-        granularity = Granularity(granularity, int(changes.get("axis", 0)), changes.get("group_size"))
-    elif "group_size" in changes or "axis" in changes:
-        granularity = Granularity(
-            granularity.kind, int(changes.get("axis", granularity.axis)), changes.get("group_size", granularity.size)
-        )
-    values["granularity"] = granularity
+    values.update({k: v for k, v in changes.items() if k not in ("granularity", "group_size", "observer")})
     values["observer"] = _observer(changes.get("observer", base.observer), where)
     try:
+        if "dtype" in changes and changes["dtype"] != base.dtype:
+            mirrored = base.symmetric and base.qmin is not None and base.qmin == -(base.int_type.qmax)
+            new = int_type(changes["dtype"])
+            for key in ("qmin", "qmax"):
+                values[key] = changes.get(key)
+            if mirrored and new.signed and values["qmin"] is None:
+                values["qmin"] = -new.qmax
+        values["granularity"] = _granularity(base.granularity, changes)
         return Scheme(**values)
     except SchemeError as error:
         raise SchemeError(f"{where}: {error}") from None
-    except TypeError:
-        raise SchemeError(f"{where}: a value has the wrong type", "see `qat recipe schema`") from None
+
+
+def _granularity(base: Granularity, changes: Mapping[str, Any]) -> Granularity:
+    given = changes.get("granularity", base)
+    if isinstance(given, Granularity) and "group_size" not in changes:
+        return given
+    kind = given.kind if isinstance(given, Granularity) else given
+    kept = base.size if kind == base.kind else None
+    axis = base.axis if kind == base.kind else 0
+    return Granularity(kind, axis, changes.get("group_size", kept))
 
 
 def _observer(given: object, where: str) -> ObserverSpec:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -11,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from qat.errors import DataError
-from qat.graph.batches import model_inputs
+from qat.errors import DataError, StateError
+from qat.graph.batches import first_samples, join_samples, model_inputs, sample_count
+from qat.graph.finite import refuse_nonfinite
 from qat.graph.prepared import PreparedModel
 from qat.graph.subgraph import constant_value
-from qat.quantizers import FLOAT, OBSERVE, QUANTIZE, FakeQuantize
+from qat.quantizers import FLOAT, OBSERVE, QUANTIZE, FakeQuantize, Quantizer
 
 #: samples that are kept for the verification of exports
 _KEPT = 16
@@ -35,13 +37,17 @@ def calibrate(
 
     The model runs in evaluation mode, without gradients, in float. Ranges are the same whatever the batch size, the
     order of the batches and the number of processes the data is split over (except with the `moving_average`
-    observer). Under `torch.distributed` the statistics are reduced over all processes at the end, so every process
-    must call this.
+    observer, and but for the rounding of the network's own arithmetic, which may depend on the batch size). Under
+    `torch.distributed` the statistics are reduced over all processes at the end, so every process must call this; a
+    process may have no batch as long as another has one.
+
+    Where it fails, or is interrupted, the model has the ranges, phases and modes that it had before.
 
     Args:
         qmodel: The model; afterwards it is in the phase `quantize`.
         batches: Any iterable: tensors, sequences whose first elements are the inputs, or mappings by input name.
-        samples: Stop after this many samples; None for all.
+        samples: Stop after this many samples (after the batch that reaches them, where the model's batch size is
+            fixed); None for all.
         only: `missing` leaves the ranges that training or an earlier calibration has set.
         progress: Show a progress bar; None for only on a terminal.
 
@@ -49,65 +55,143 @@ def calibrate(
         The number of samples seen (by this process).
 
     Raises:
-        DataError: No batch, a batch of another shape or dtype, or nan or inf in a tensor; it is named.
-        StateError: Some tensor saw no data; it is named.
+        DataError: No batch, a batch of another shape or dtype, or nan or inf in a weight or tensor; it is named.
+        StateError: Some tensor saw no data; it is named. Or an unknown value of `only`.
     """
-    chosen = {
-        name: q
-        for name, q in qmodel.activation_quantizers().items()
-        if q.fixed is None and (only == "all" or not q.ready)
-    }
-    for quantizer in chosen.values():
-        quantizer.observer.reset()
-    was_training = qmodel.training
-    qmodel.eval()
-    qmodel.set_phase(FLOAT)
-    for quantizer in chosen.values():
-        quantizer.set_phase(OBSERVE)
-    try:
-        seen, kept = _observe(qmodel, batches, samples, progress)
-    finally:
-        qmodel.set_phase(FLOAT)
-        qmodel.train(was_training)
-    if seen == 0:
-        raise DataError("no calibration data", "give at least one batch")
-    if seen < _FEW and not _distributed():
-        warnings.warn(f"calibrated on {seen} samples only; {_FEW} or more are advisable", stacklevel=2)
-    _observe_constants(qmodel, chosen)
-    for quantizer in chosen.values():
+    if only not in ("all", "missing"):
+        raise StateError(f"cannot calibrate only {only!r}", "choose all or missing")
+    if samples is not None and samples < 1:
+        raise DataError(f"calibration on {samples} samples", "give a positive number")
+    _check_values(qmodel)
+    with _restored(qmodel):
+        qmodel.eval()
+        chosen = {
+            name: q
+            for name, q in qmodel.activation_quantizers().items()
+            if q.fixed is None and (only == "all" or not q.ready)
+        }
+        for quantizer in chosen.values():
+            quantizer.observer.reset()
+        seen, kept = _observe_together(qmodel, chosen, batches, samples, progress)
+        _observe_constants(qmodel, chosen)
         if _distributed():
-            quantizer.observer.all_reduce()
-        quantizer.finish()
-    for _, weight_quantizer, weight in qmodel.weight_quantizers():
-        if only == "all" or not weight_quantizer.ready:
-            weight_quantizer.refresh(weight)
+            for quantizer in chosen.values():
+                quantizer.observer.all_reduce()
+        _check_observed(qmodel, chosen)
+        for quantizer in chosen.values():
+            quantizer.finish()
+        done: set[int] = set()
+        for _, weight_quantizer, weight in qmodel.weight_quantizers():
+            if id(weight_quantizer) not in done and (only == "all" or not weight_quantizer.ready):
+                weight_quantizer.refresh(weight)
+            done.add(id(weight_quantizer))
     qmodel.set_phase(QUANTIZE)
     qmodel.samples = kept
     return seen
 
 
+@contextmanager
+def _restored(qmodel: PreparedModel) -> Iterator[None]:
+    """Put back training modes, and the phases too where something goes wrong."""
+    modes = {module: module.training for module in qmodel.modules()}
+    quantizers = [module for module in modes if isinstance(module, Quantizer)]
+    phases = [quantizer.phase for quantizer in quantizers]
+    try:
+        yield
+    except BaseException:
+        for quantizer, phase in zip(quantizers, phases, strict=True):
+            quantizer.set_phase(phase)
+        raise
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check_values(qmodel: PreparedModel) -> None:
+    values = qmodel.float_state_dict()
+    buffers = {name for name, _ in qmodel.named_buffers()}
+    refuse_nonfinite(
+        ((name, value) for name, value in values.items() if name not in buffers),
+        ((name, value) for name, value in values.items() if name in buffers),
+    )
+
+
+def _check_observed(qmodel: PreparedModel, chosen: dict[str, FakeQuantize]) -> None:
+    """Refuse values without a range before any range is set.
+
+    Raises:
+        StateError: Nothing was observed.
+        DataError: nan or inf was observed.
+    """
+    ties = qmodel.plan.tie_groups()
+    for name, quantizer in chosen.items():
+        if quantizer.observer.is_empty:
+            raise StateError(f"no data reached {name!r}", "calibrate with at least one batch")
+        count = int(quantizer.observer.nonfinite)
+        if count:
+            which = f"one of {', '.join(ties[name])} (they share a range)" if name in ties else f"tensor {name!r}"
+            raise DataError(
+                f"{which}: {count} of the observed values are nan or inf", "check the data and the weights before it"
+            )
+
+
+def _observe_together(
+    qmodel: PreparedModel,
+    chosen: dict[str, FakeQuantize],
+    batches: Iterable[Any],
+    samples: int | None,
+    progress: bool | None,
+) -> tuple[int, tuple[Tensor, ...]]:
+    """Observe the batches; where one process fails all do, for the others would wait for it forever."""
+    qmodel.set_phase(FLOAT)
+    for quantizer in chosen.values():
+        quantizer.set_phase(OBSERVE)
+    seen, kept = 0, tuple[Tensor, ...]()
+    failure: Exception | None = None
+    try:
+        seen, kept = _observe(qmodel, batches, samples, progress)
+    except Exception as error:
+        if not _distributed():
+            raise
+        failure = error
+    qmodel.set_phase(FLOAT)
+    total, failed = seen, 0
+    if _distributed():
+        device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))
+        counts = torch.tensor([seen, int(failure is not None)], device=device)
+        dist.all_reduce(counts)
+        total, failed = (int(c) for c in counts)
+    if failure is not None:
+        raise failure
+    if failed:
+        raise DataError("calibration failed on another process", "see its message")
+    if total == 0:
+        raise DataError("no calibration data", "give at least one batch")
+    if total < _FEW:
+        warnings.warn(f"calibrated on {total} samples only; {_FEW} or more are advisable", stacklevel=3)
+    return seen, kept
+
+
 def _observe(
     qmodel: PreparedModel, batches: Iterable[Any], samples: int | None, progress: bool | None
 ) -> tuple[int, tuple[Tensor, ...]]:
-    seen = 0
+    seen = remembered = 0
     kept: list[tuple[Tensor, ...]] = []
     bar = tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None if progress is None else not progress)
     with torch.no_grad():
         for batch in bar:
             inputs = model_inputs(qmodel, batch)
-            count = int(inputs[0].shape[0]) if inputs and inputs[0].dim() else 1
-            if samples is not None and seen + count > samples:
-                count = samples - seen
-                inputs = tuple(x[:count] for x in inputs)
+            if samples is not None:
+                inputs = first_samples(qmodel, inputs, samples - seen)
             qmodel(*inputs)
-            missing = _KEPT - sum(len(k[0]) for k in kept)
-            if missing > 0:
-                kept.append(tuple(x[:missing].detach().cpu().clone() for x in inputs))
+            count = sample_count(qmodel, inputs)
             seen += count
+            if remembered < _KEPT and count:
+                kept.append(tuple(x.cpu().clone() for x in first_samples(qmodel, inputs, _KEPT - remembered)))
+                remembered += count
             if samples is not None and seen >= samples:
                 break
-    merged = tuple(torch.cat(parts) for parts in zip(*kept, strict=True)) if kept else ()
-    return seen, merged
+    return seen, join_samples(qmodel, kept)
 
 
 def _observe_constants(qmodel: PreparedModel, chosen: dict[str, FakeQuantize]) -> None:

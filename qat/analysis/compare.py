@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from qat.errors import DataError
-from qat.graph.batches import model_inputs
+from qat.graph.batches import first_samples, model_inputs, sample_count
 from qat.graph.prepared import QUANTIZERS, PreparedModel
 from qat.quantizers import FLOAT, QUANTIZE, FakeQuantize
 
@@ -149,6 +149,8 @@ def compare(
     with torch.no_grad():
         for batch in bar:
             inputs = model_inputs(qmodel, batch)
+            if samples is not None:
+                inputs = first_samples(qmodel, inputs, samples - seen)
             want, have = _first_tensor(reference(*inputs)), _first_tensor(actual(*inputs))
             for name, value in float_values.take().items():
                 low, high = encodings[name].representable()
@@ -161,7 +163,7 @@ def compare(
                 same1 += int((top[:, 0] == best).sum())
                 same5 += int((top == best[:, None]).any(1).sum())
                 scored += len(best)
-            seen += int(inputs[0].shape[0])
+            seen += sample_count(qmodel, inputs)
             if samples is not None and seen >= samples:
                 break
     if not seen:

@@ -49,7 +49,7 @@ def export_onnx(
         verify: `outputs`, `layers` (every quantized tensor is compared), or False.
         bound: Largest difference in codes that an output may have.
         unequal_share: Share of an output's codes that may differ at all, or None.
-        dynamic_batch: Leave the batch size open.
+        dynamic_batch: Leave the batch size open, unless the model's code works for one size only (`Plan.batch_size`).
         batch_size: Batch size where it is not open.
         opset: Version of the standard operators.
         name: Name of the graph.
@@ -62,6 +62,8 @@ def export_onnx(
         OutputError: The file cannot be written.
     """
     imodel = convert(qmodel)
+    if qmodel.plan.batch_size is not None:
+        dynamic_batch, batch_size = False, qmodel.plan.batch_size
     batches: list[tuple[Tensor, ...]] = []
     if verify:
         given = [qmodel.samples] if samples is None and qmodel.samples else samples

@@ -13,6 +13,7 @@ from qat.scheme import Scheme
 
 Decision = Literal["integer", "inherits", "fused", "float", "constant"]
 Role = Literal["input", "parameter", "activation", "weight"]
+_MILLION = 10**6
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class PlanEntry:
     source: str = ""
     computed: bool = True
 
+    @property
+    def where(self) -> str:
+        """The reason, with the line of the user's code."""
+        return f"{self.reason} [{self.source}]" if self.source else self.reason
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of the entry."""
         return {
@@ -77,12 +83,14 @@ class Plan:
         numerics: Numerics profile of the target.
         entries: Decisions by tensor name, in execution order.
         warnings: Things that the user should know, such as a layer pattern that matches nothing.
+        batch_size: The only batch size that the model's code works for; None where it works for all.
     """
 
     target: str
     numerics: str
     entries: Mapping[str, PlanEntry]
     warnings: tuple[str, ...] = ()
+    batch_size: int | None = None
 
     def __getitem__(self, name: str) -> PlanEntry:
         return self.entries[name]
@@ -121,9 +129,10 @@ class Plan:
         """Return two or three lines: share of integer multiply-accumulates and what stays float."""
         computed = [e for e in self if e.role == "activation" and e.decision not in ("fused", "constant")]
         integer = sum(e.computed for e in computed)
-        share = f"{100 * self.integer_share:.2f} % of {self.macs / 1e6:.1f} M MACs"
+        size = f"{self.macs / 1e6:.1f} M" if self.macs >= _MILLION else f"{self.macs:,}"
+        share = f"{100 * self.integer_share:.2f} % of {size} MACs"
         lines = [f"{self.target}, numerics {self.numerics}: {integer} of {len(computed)} operators integer, {share}"]
-        lines += [f"float: {e.name} ({e.kind}): {e.reason}" for e in self.left_float()]
+        lines += [f"float: {e.name} ({e.kind}): {e.where}" for e in self.left_float()]
         lines += [f"warning: {w}" for w in self.warnings]
         return "\n".join(lines)
 
@@ -138,7 +147,7 @@ class Plan:
                 if e.computed or e.role != "activation" or e.decision == "float"
                 else f"{e.decision} (float op)",
                 e.scheme.describe() if e.scheme and e.decision == "integer" else "",
-                e.reason,
+                e.where if e.role == "activation" and not e.computed and e.decision != "constant" else e.reason,
                 f"{e.macs:,}" if e.macs and e.role != "weight" else "",
             )
             for e in self
@@ -158,6 +167,7 @@ class Plan:
             "numerics": self.numerics,
             "macs": self.macs,
             "integer_macs": self.integer_macs,
+            "batch_size": self.batch_size,
             "warnings": list(self.warnings),
             "tensors": [e.to_json() for e in self],
         }

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from qat.errors import PlanError
+from qat.errors import PlanError, SchemeError
 from qat.graph.operators import ParamRef
 from qat.graph.opgraph import GraphOp, OpGraph
 from qat.graph.plan import Plan, PlanEntry
+from qat.observers import check_observer
 from qat.scheme import Granularity, Scheme
 from qat.schemes import Schemes
 from qat.targets import Target
@@ -31,13 +33,27 @@ def plan_graph(graph: OpGraph, target: Target, schemes: Schemes) -> Plan:
     """
     planner = _Planner(graph, target, schemes)
     entries = planner.entries()
-    if not any(e.computed and e.role == "activation" and e.decision != "constant" for e in entries.values()):
-        first = next((e.reason for e in entries.values() if e.decision == "float" and e.reason), "it has no operators")
+    operators = [e for e in entries.values() if e.role == "activation" and e.decision != "constant"]
+    if not any(e.computed for e in operators):
+        first = next((f"{e.name}: {e.reason}" for e in operators if e.decision != "fused"), "it has no operators")
         raise PlanError(f"the model has nothing to quantize ({first})", "check the target, the scheme and the layers")
-    warnings = [
-        f"scheme.layers: the pattern {pattern!r} matches no tensor" for pattern in schemes.unmatched(list(graph.ops))
-    ]
-    return Plan(target.name, target.numerics, entries, tuple(warnings))
+    return Plan(target.name, target.numerics, entries, tuple(_without_effect(graph, schemes)))
+
+
+def _without_effect(graph: OpGraph, schemes: Schemes) -> Iterator[str]:
+    """Say which layer rules, or parts of them, name no tensor that they could act on."""
+    ops = list(graph.ops)
+    values = [*graph.inputs, *graph.parameters, *ops]
+    weighted = [op.name for op in graph.ops.values() if op.weight]
+    for rule in schemes.layers:
+        pattern = f"scheme.layers: the pattern {rule.pattern!r} matches"
+        if not any(rule.matches(name) for name in values):
+            near = difflib.get_close_matches(rule.pattern, values, n=1)
+            yield f"{pattern} no tensor" + (f" (did you mean {near[0]!r}?)" if near else "")
+        elif rule.float_ and not any(rule.matches(name) for name in ops):
+            yield f"{pattern} no operator; to keep an input float, name the operators that read it"
+        elif rule.weights and not any(rule.matches(name) for name in weighted):
+            yield f"{pattern} no operator with a weight"
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,9 @@ class _Planner:
         self.fusion_of = {op.name: end for end, fusion in self.fusions.items() for op in fusion.ops}
         self.constants = graph.constants()
         self.users = graph.users()
+        self.infinite = self._infinite()
         self.reasons = {end: self._refusal(fusion) for end, fusion in self.fusions.items()}
+        self._settle_shared_weights()
         self.wanted = self._wanted()
         self.heads: dict[str, str] = {}
 
@@ -122,12 +140,51 @@ class _Planner:
             return "float by the scheme's layers"
         if op.kind == "island":
             return str(op.attrs.get("cause", "no integer form"))
+        masked = next((name for name in op.tensors if name in self.infinite), None)
+        if masked is not None:
+            return f"its input {masked} may be infinite"
         scheme = self._activation_scheme(fusion.ops[-1].name)
         for kind in self._kinds(op):
             refusal = self.target.refusal(kind, scheme.dtype, self._weight_scheme(op))
             if refusal:
                 return refusal
         return None
+
+    def _infinite(self) -> frozenset[str]:
+        """Values that hold infinities by design: scores masked with -inf, up to the softmax that reads them."""
+        found: set[str] = set()
+        for op in self.graph.ops.values():
+            passes_on = op.kind not in ("softmax", "table", "clamp", "island")
+            if op.attrs.get("infinite") or (passes_on and any(name in found for name in op.tensors)):
+                found.add(op.name)
+        return frozenset(found)
+
+    def _settle_shared_weights(self) -> None:
+        """Let all operators that share a weight be integer, or all float: there is one weight in training.
+
+        Raises:
+            PlanError: Two of them quantize the weight differently.
+        """
+        sharing: dict[str, list[str]] = {}
+        for end, fusion in self.fusions.items():
+            if fusion.ops[0].weight is not None:
+                sharing.setdefault(fusion.ops[0].weight.key, []).append(end)
+        for key, ends in sharing.items():
+            floats = [end for end in ends if self.reasons[end] is not None]
+            if floats:
+                for end in ends:
+                    self.reasons[end] = self.reasons[end] or f"shares {key} with {floats[0]}, which is float"
+                continue
+            first, *others = (self.fusions[end].ops[0] for end in ends)
+            for other in others:
+                mine, theirs = self._weight_scheme(first), self._weight_scheme(other)
+                if mine != theirs:
+                    assert mine is not None
+                    assert theirs is not None
+                    raise PlanError(
+                        f"{key} would be {mine.describe()} in {first.name} and {theirs.describe()} in {other.name}",
+                        "give these layers the same weight scheme, or leave them float",
+                    )
 
     @staticmethod
     def _kinds(op: GraphOp) -> tuple[str, ...]:
@@ -136,14 +193,25 @@ class _Planner:
         return ("concat",) if op.kind == "stack" else (op.kind,)
 
     def _activation_scheme(self, name: str) -> Scheme:
-        return self.schemes.activation(name)
+        fusion = self.fusions.get(name)
+        scheme = self.schemes.activation(*(op.name for op in fusion.ops) if fusion else (name,))
+        if scheme.granularity.kind != "per_tensor":
+            raise SchemeError(
+                f"the activation {name!r} would be quantized {scheme.granularity.kind}", "write per_tensor"
+            )
+        _check(scheme, name)
+        return scheme
 
     def _weight_scheme(self, op: GraphOp) -> Scheme | None:
         if op.weight is None:
             return None
         scheme = self.schemes.weight(op.name)
-        if scheme.granularity.kind != "per_channel":
+        _check(scheme, op.weight.key)
+        if scheme.granularity.kind == "per_tensor":
             return scheme
+        if scheme.granularity.kind == "per_group":
+            # runs of input channels: the blocks of ONNX's DequantizeLinear along the axis that is summed over
+            return scheme.with_(granularity=Granularity("per_group", 1, scheme.granularity.size))
         if op.kind == "conv_transpose":
             # ONNX and TFLite share a scale over axis 1 of [Cin, Cout/groups, ...]; with groups that is not one a
             # channel
@@ -223,7 +291,7 @@ class _Planner:
             if end in self.wanted:
                 return replace(
                     entry, decision="integer", scheme=self._activation_scheme(end), quantizer=end, computed=False,
-                    reason=f"float operator ({refusal}); quantized for its integer readers",
+                    reason=f"{refusal}; its result is quantized for its integer readers",
                 )  # fmt: skip
             return replace(entry, reason=refusal, computed=False)
         if self._moves(op):
@@ -247,9 +315,12 @@ class _Planner:
         if self.reasons[fusion.ops[-1].name] is not None:
             return PlanEntry(op.weight.key, "weight", op.kind, "float", reason=f"{op.name} is float", computed=False)
         norm = fusion.batch_norm
+        reasons = [f"with {norm.name} folded in"] if norm else []
+        if scheme != self.schemes.weight(op.name) and scheme is not None and scheme.granularity.kind == "per_tensor":
+            reasons.append("one scale: the groups share the channel axis")
         return PlanEntry(
             op.weight.key, "weight", op.kind, "integer", scheme, op.weight.key, macs=0,
-            source_tensor=norm.name if norm else None, reason=f"with {norm.name} folded in" if norm else "",
+            source_tensor=norm.name if norm else None, reason="; ".join(reasons),
         )  # fmt: skip
 
     # -- ties
@@ -294,6 +365,16 @@ class _Planner:
                 return None
             e = entries[e.source_tensor]
         return e.name if e.decision == "integer" else None
+
+
+def _check(scheme: Scheme, name: str) -> None:
+    """Refuse what only the quantizers would refuse, so that a plan is never promised in vain."""
+    try:
+        check_observer(scheme.observer)
+    except SchemeError as error:
+        raise SchemeError(f"{name!r}: {error}") from None
+    if scheme.quantizer != "static":
+        raise SchemeError(f"unknown quantizer {scheme.quantizer!r} for {name!r}", "choose static")
 
 
 def _compatible(a: PlanEntry, b: PlanEntry) -> bool:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from qat.errors import DataError, PlanError
+from qat.errors import PlanError, TraceError
+from qat.graph.finite import refuse_nonfinite
+from qat.graph.islands import locate_islands
 from qat.graph.operators import ParamRef, recognize
 from qat.graph.opgraph import TUPLE_KINDS, GraphOp, OpGraph, build_opgraph
 from qat.graph.plan import Plan, PlanEntry
@@ -49,12 +51,14 @@ def plan(
             defaults.
 
     Raises:
-        TraceError: The model cannot be traced at all.
-        PlanError: Nothing in it can be quantized.
+        TraceError: The model cannot be copied, or not be traced at all.
+        PlanError: Nothing in it can be quantized, layers that share a weight have different schemes for it, or a weight
+            that is to be quantized is parametrized already.
         SchemeError: `scheme` has an unknown key or an impossible value.
-        DataError: A weight holds nan or inf.
+        StateError: A lazily built module was never run.
+        DataError: A parameter or a batch norm's statistic holds nan or inf, or a buffer nan.
     """
-    return _analyse(copy.deepcopy(model), example_inputs, target, scheme).plan
+    return _analyse(_copy(model), example_inputs, target, scheme).plan
 
 
 def prepare(
@@ -70,9 +74,9 @@ def prepare(
     gets one fake-quantizer. All parameters and buffers exist with their final shapes. The phase is `float` until
     `calibrate`.
 
-    Args and Raises: as `plan`.
+    Args and Raises: as `plan`; and PlanError where a member of the model has a name that `PreparedModel` needs.
     """
-    root = copy.deepcopy(model)
+    root = _copy(model)
     found = _analyse(root, example_inputs, target, scheme)
     _parametrize_weights(root, found)
     dtypes = _input_dtypes(found)
@@ -97,51 +101,79 @@ def _input_dtypes(found: _Analysis) -> dict[str, torch.dtype]:
 def _analyse(
     root: nn.Module, example_inputs: Any, target: Target, scheme: Schemes | Mapping[str, Any] | None
 ) -> _Analysis:
-    _check_finite(root)
+    refuse_nonfinite(root.named_parameters(), root.named_buffers())
     schemes = make_schemes(scheme, target.activations, target.weights)
     traced = trace(root, example_inputs)
     operators = recognize(traced)
-    opgraph = build_opgraph(traced.graph, operators)
+    opgraph = locate_islands(build_opgraph(traced.graph, operators), traced)
     made = plan_graph(opgraph, target, schemes)
+    if traced.static_batch is not None:
+        size = traced.batches[0]
+        warning = f"the model works for batches of {size} only ({traced.static_batch}); its export has this batch size"
+        made = replace(made, batch_size=size, warnings=(*made.warnings, warning))
+    _refuse_parametrized(root, opgraph, made)
     tuples = frozenset(node.name for node, op in operators.items() if op.kind in TUPLE_KINDS)
     return _Analysis(traced, opgraph, made, tuples)
 
 
-def _check_finite(root: nn.Module) -> None:
-    for kind, named in (("parameter", root.named_parameters()), ("buffer", root.named_buffers())):
-        for name, value in named:
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise DataError(f"the {kind} {name!r} holds nan or inf", "repair the checkpoint")
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        cause = str(error).split(". ", 1)[0].strip().rstrip(".")
+        raise TraceError(
+            f"the {type(model).__name__} cannot be copied ({cause})",
+            "detach the tensors that it keeps; remove torch.nn.utils.weight_norm by remove_weight_norm",
+        ) from error
 
 
 # -- weights
 
 
+def _refuse_parametrized(root: nn.Module, opgraph: OpGraph, made: Plan) -> None:
+    for op in opgraph.ops.values():
+        if op.weight is None or made[op.weight.key].decision != "integer":
+            continue
+        if parametrize.is_parametrized(root.get_submodule(op.weight.module), op.weight.attribute):
+            raise PlanError(
+                f"the weight of {op.name} is parametrized already",
+                "remove_parametrizations (torch.nn.utils.parametrize) first, or leave the layer float",
+            )
+
+
 def _parametrize_weights(root: nn.Module, found: _Analysis) -> None:
+    quantizers: dict[str, WeightFakeQuantize] = {}
     for fusion in find_fusions(found.opgraph).values():
         op = fusion.ops[0]
         if op.weight is None or found.plan[op.weight.key].decision != "integer":
             continue
-        entry = found.plan[op.weight.key]
+        key, attribute = op.weight.key, op.weight.attribute
         owner = root.get_submodule(op.weight.module)
-        if parametrize.is_parametrized(owner, op.weight.attribute):
-            if isinstance(owner.parametrizations[op.weight.attribute][0], WeightFakeQuantize):  # type: ignore[index]
-                continue
-            raise PlanError(
-                f"{op.weight.key} is parametrized already", "remove the parametrization, or leave the layer float"
-            )
-        norm = fusion.batch_norm
-        weight = getattr(owner, op.weight.attribute)
-        assert entry.scheme is not None
-        quantizer = WeightFakeQuantize(
-            entry.scheme,
-            op.weight.key,
-            tuple(weight.shape),
-            norm_module(root, norm),
-            channel_axis=1 if op.kind == "conv_transpose" else 0,
-            groups=op.attrs["groups"] if op.kind == "conv_transpose" else 1,
-        ).to(weight.device)
-        parametrize.register_parametrization(owner, op.weight.attribute, quantizer)
+        if parametrize.is_parametrized(owner, attribute):
+            continue
+        scheme = found.plan[key].scheme
+        assert scheme is not None
+        if key not in quantizers:
+            value = getattr(owner, attribute)
+            quantizers[key] = WeightFakeQuantize(
+                scheme,
+                key,
+                tuple(value.shape),
+                norm_module(root, fusion.batch_norm),
+                channel_axis=1 if op.kind == "conv_transpose" else 0,
+                groups=op.attrs["groups"] if op.kind == "conv_transpose" else 1,
+            ).to(value.device)
+        # modules that share a weight share its quantizer
+        parametrize.register_parametrization(owner, attribute, quantizers[key])
+        if owner is root:
+            _call_parametrization(found.traced.graph, attribute)
+
+
+def _call_parametrization(graph: fx.Graph, attribute: str) -> None:
+    """Read a parametrized weight of the root, whose class the prepared model does not inherit, from its chain."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target == attribute:
+            node.op, node.target = "call_module", f"parametrizations.{attribute}"
 
 
 def norm_module(root: nn.Module, norm: GraphOp | None) -> nn.Module | None:

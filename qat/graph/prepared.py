@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat.encoding import Encoding, Encodings
-from qat.errors import CheckpointError, EncodingError, StateError
+from qat.errors import CheckpointError, EncodingError, PlanError, StateError
 from qat.graph.opgraph import OpGraph
 from qat.graph.plan import Plan
 from qat.graph.structure import Structure
@@ -27,6 +27,9 @@ from qat.quantizers.phases import (
 )
 
 QUANTIZERS = "quantizers"
+_OWN_ATTRIBUTES = frozenset(
+    {QUANTIZERS, "opgraph", "plan", "input_dtypes", "structure", "samples", "_frozen", "_graph", "_run"}
+)
 PHASES: Mapping[str, Phase] = {"float": FLOAT, "observe": OBSERVE, "quantize": QUANTIZE, "track": TRACK}
 
 
@@ -50,6 +53,9 @@ class PreparedModel(nn.Module):
         input_dtypes: Element type of each tensor input.
         structure: What the user's model returns.
 
+    Raises:
+        PlanError: A member of the model has a name that a prepared model needs.
+
     Attributes:
         samples: A few real inputs that calibration keeps, for the verification of exports; not part of the state.
     """
@@ -67,6 +73,7 @@ class PreparedModel(nn.Module):
         structure: Structure,
     ) -> None:
         super().__init__()
+        _refuse_names(root)
         self._modules.update(root._modules)
         self._parameters.update(root._parameters)
         self._buffers.update(root._buffers)
@@ -151,12 +158,13 @@ class PreparedModel(nn.Module):
 
     def weight_quantizers(self) -> Iterator[tuple[str, WeightFakeQuantize, Tensor]]:
         """Yield the `state_dict` key, the quantizer and the float value of every quantized weight."""
+        owners = {op.weight.key: op.weight for op in self.opgraph.ops.values() if op.weight is not None}
         for entry in self.plan:
             if entry.role != "weight" or entry.decision != "integer":
                 continue
-            path, _, attribute = entry.name.rpartition(".")
-            owner = self.get_submodule(path)
-            chain: Any = owner.parametrizations[attribute]  # type: ignore[index]
+            # not by the key: of modules that share a weight, the one that it is named after may never be called
+            owner = self.get_submodule(owners[entry.name].module)
+            chain: Any = owner.parametrizations[owners[entry.name].attribute]  # type: ignore[index]
             yield entry.name, chain[0], chain.original
 
     def encodings(self) -> Encodings:
@@ -245,6 +253,19 @@ class PreparedModel(nn.Module):
         with torch.no_grad():
             for key, value in state.items():
                 mine[key].copy_(value)
+
+
+def _refuse_names(root: nn.Module) -> None:
+    """Refuse members of the user's model under names that `PreparedModel` needs.
+
+    Raises:
+        PlanError: There is one; it is named.
+    """
+    own = {name for name in dir(PreparedModel) if not name.startswith("__")} - set(dir(nn.Module)) | _OWN_ATTRIBUTES
+    for table in (root._modules, root._parameters, root._buffers):
+        for name in table:
+            if name in own:
+                raise PlanError(f"the model has a member {name!r}, a name that a prepared model needs", "rename it")
 
 
 def rescaled(encoding: Encoding, factor: float, method: str) -> Encoding:

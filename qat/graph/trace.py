@@ -109,7 +109,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...] | list[Any]
         try:
             return _trace(model, args, kwargs, batch, HINTED_BATCHES, None)
         except TraceError as error:
-            reason = str(error)
+            reason = str(error).removesuffix(f"; {error.mend}")
     return _trace(model, args, kwargs, batch, (batch or 1, batch or 1), reason)
 
 
