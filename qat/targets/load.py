@@ -13,7 +13,8 @@ Schema of a target file, version 1 (YAML):
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from functools import reduce
 from importlib import resources
 from pathlib import Path
@@ -21,11 +22,12 @@ from typing import Any, get_args
 
 import yaml
 
-from qat.errors import TargetError
+from qat.errors import SchemeError, TargetError
 from qat.scheme import Granularity, GranularityKind, Scheme, int_type
-from qat.targets.target import OperatorRule, OutputRule, Target
+from qat.targets.target import KINDS, OperatorRule, OutputRule, Target
 
 SCHEMA_VERSION = 1
+_SEE = "see the schema in qat.targets.load"
 _KEYS = {
     "schema",
     "name",
@@ -70,6 +72,8 @@ def _load_one(name: str) -> Target:
             text = Path(name).read_text(encoding="utf-8")
         except OSError as error:
             raise TargetError(f"cannot read target file {name} ({error.strerror})", "give an existing file") from None
+        except UnicodeDecodeError:
+            raise TargetError(f"{name} is not text in UTF-8", "give a target file") from None
         return parse_target(text, name)
     if name not in target_names():
         near = difflib.get_close_matches(name, target_names(), n=1)
@@ -89,30 +93,44 @@ def parse_target(text: str, source: str) -> Target:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise TargetError(f"{source} is not YAML ({' '.join(str(error).split())})", "correct it") from None
-    if not isinstance(data, dict):
-        raise TargetError(f"{source} is not a target file", "see the schema in qat.targets.load")
+    if not isinstance(data, dict) or "schema" not in data:
+        raise TargetError(f"{source} is not a target file", _SEE)
+    if data["schema"] != SCHEMA_VERSION or isinstance(data["schema"], bool):
+        raise TargetError(f"{source} has schema {data['schema']!r}", f"this qat reads schema {SCHEMA_VERSION}")
     _known(data, _KEYS, source)
-    if data.get("schema") != SCHEMA_VERSION:
-        raise TargetError(f"{source} has schema {data.get('schema')!r}", f"this qat reads schema {SCHEMA_VERSION}")
     missing = sorted(_KEYS - set(data))
     if missing:
         raise TargetError(f"{source} lacks the key {missing[0]!r}", "add it")
+    for key in ("name", "title", "version"):
+        if not isinstance(data[key], str) or not data[key]:
+            raise TargetError(f"{source}: {key} is {data[key]!r}", "write a text, in quotes where it is a number")
     if data["numerics"] not in ("onnx", "tflite"):
         raise TargetError(f"{source}: numerics {data['numerics']!r}", "choose onnx or tflite")
-    sets = {name: _dtype_set(pairs, f"{source}: dtypes.{name}") for name, pairs in data["dtypes"].items()}
+    if not isinstance(data["dynamic_batch"], bool):
+        raise TargetError(f"{source}: dynamic_batch is {data['dynamic_batch']!r}", "write true or false")
+    dtypes = _mapping(data["dtypes"], f"{source}: dtypes")
+    sets = {str(name): _dtype_set(pairs, f"{source}: dtypes.{name}") for name, pairs in dtypes.items()}
+    operators = _mapping(data["operators"], f"{source}: operators")
+    _known(operators, KINDS, f"{source}: operators")
     return Target(
-        name=str(data["name"]),
-        title=str(data["title"]),
-        version=str(data["version"]),
+        name=data["name"],
+        title=data["title"],
+        version=data["version"],
         numerics=data["numerics"],
-        dynamic_batch=bool(data["dynamic_batch"]),
+        dynamic_batch=data["dynamic_batch"],
         activations=_scheme(data["activations"], f"{source}: activations"),
         weights=_scheme(data["weights"], f"{source}: weights"),
-        operators={kind: _rule(rule, sets, f"{source}: operators.{kind}") for kind, rule in data["operators"].items()},
+        operators={kind: _rule(rule, sets, f"{source}: operators.{kind}") for kind, rule in operators.items()},
     )
 
 
-def _known(data: Mapping[str, Any], keys: set[str], where: str) -> None:
+def _mapping(data: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(data, dict):
+        raise TargetError(f"{where} is not a mapping", _SEE)
+    return data
+
+
+def _known(data: Mapping[str, Any], keys: Collection[str], where: str) -> None:
     for key in data:
         if key not in keys:
             near = difflib.get_close_matches(str(key), keys, n=1)
@@ -123,43 +141,59 @@ def _known(data: Mapping[str, Any], keys: set[str], where: str) -> None:
 
 def _dtype_set(pairs: Any, where: str) -> frozenset[tuple[str, str]]:
     if not isinstance(pairs, list) or any(not isinstance(p, list) or not 1 <= len(p) <= 2 for p in pairs):
-        raise TargetError(f"{where} is not a list of [activation, weight]", "see the schema in qat.targets.load")
+        raise TargetError(f"{where} is not a list of [activation, weight]", _SEE)
     for pair in pairs:
         for dtype in pair:
-            int_type(dtype)
+            try:
+                int_type(dtype)
+            except SchemeError as error:
+                raise TargetError(f"{where}: {error}") from None
     return frozenset((p[0], p[1] if len(p) == 2 else "") for p in pairs)
 
 
 def _scheme(data: Any, where: str) -> Scheme:
-    if not isinstance(data, dict):
-        raise TargetError(f"{where} is not a mapping", "see the schema in qat.targets.load")
+    data = _mapping(data, where)
     _known(data, _SCHEME_KEYS, where)
-    return Scheme(
-        dtype=data["dtype"],
-        symmetric=bool(data.get("symmetric", False)),
-        granularity=Granularity(data.get("granularity", "per_tensor")),
-        qmin=data.get("qmin"),
-        qmax=data.get("qmax"),
-    )
+    if "dtype" not in data:
+        raise TargetError(f"{where} lacks the key 'dtype'", "add it")
+    try:
+        return Scheme(
+            dtype=data["dtype"],
+            symmetric=data.get("symmetric", False),
+            granularity=Granularity(data.get("granularity", "per_tensor")),
+            qmin=data.get("qmin"),
+            qmax=data.get("qmax"),
+        )
+    except SchemeError as error:
+        raise TargetError(f"{where}: {error}") from None
 
 
 def _rule(data: Any, sets: Mapping[str, frozenset[tuple[str, str]]], where: str) -> OperatorRule:
-    if not isinstance(data, dict):
-        raise TargetError(f"{where} is not a mapping", "see the schema in qat.targets.load")
+    data = _mapping(data, where)
     _known(data, _RULE_KEYS, where)
-    dtypes = str(data.get("dtypes"))
-    if dtypes not in sets:
-        raise TargetError(f"{where} names the unknown dtype set {dtypes!r}", f"use one of {', '.join(sets)}")
+    dtypes = data.get("dtypes")
+    if not isinstance(dtypes, str) or dtypes not in sets:
+        raise TargetError(f"{where} names the dtype set {dtypes!r}", f"use one of {', '.join(sets)}")
     output, fixed = data.get("output", "own"), data.get("fixed")
     if output not in get_args(OutputRule) or (output == "fixed") != (fixed is not None):
-        raise TargetError(f"{where}: output {output!r} with fixed {fixed!r}", "fixed needs a range, and only it")
+        raise TargetError(
+            f"{where}: output {output!r} with fixed {fixed!r}",
+            f"output is one of {', '.join(get_args(OutputRule))}; fixed needs a range, and only it",
+        )
     granularity = data.get("granularity", ["per_tensor"])
-    unknown = [g for g in granularity if g not in get_args(GranularityKind)]
-    if unknown:
-        raise TargetError(f"{where}: unknown granularity {unknown[0]!r}", "see the schema in qat.targets.load")
+    legal = get_args(GranularityKind)
+    if not isinstance(granularity, list) or not granularity or any(g not in legal for g in granularity):
+        raise TargetError(f"{where}: granularity is {granularity!r}", f"write a list of {', '.join(legal)}")
     return OperatorRule(
         dtypes=sets[dtypes],
         granularity=frozenset(granularity),
         output=output,
-        fixed=None if fixed is None else (float(fixed[0]), float(fixed[1])),
+        fixed=None if fixed is None else _range(fixed, where),
     )
+
+
+def _range(data: Any, where: str) -> tuple[float, float]:
+    numbers = isinstance(data, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in data)
+    if not numbers or len(data) != 2 or not (math.isfinite(data[0]) and math.isfinite(data[1]) and data[0] < data[1]):
+        raise TargetError(f"{where}: fixed is {data!r}", "write [low, high], two finite numbers with low < high")
+    return float(data[0]), float(data[1])

@@ -12,6 +12,15 @@ from qat.scheme import GranularityKind, Scheme
 #: `own`: the output has a range of its own; `inherit`: the output must have the input's encoding; `tie`: all inputs and
 #: the output must share one encoding; `fixed`: the output's range is prescribed.
 OutputRule = Literal["own", "inherit", "tie", "fixed"]
+#: canonical operator kinds that a target can have a rule for (docs/architecture.md); a `stack` is a concat, and a
+#: `chain` is the kinds of its steps
+KINDS = frozenset(
+    {
+        "add", "avg_pool", "batch_norm", "clamp", "concat", "conv", "conv_transpose", "div", "expand", "identity",
+        "layer_norm", "linear", "matmul", "max_pool", "mean", "mul", "pad", "prelu", "rescale", "reshape", "resize",
+        "slice", "softmax", "sub", "table", "transpose",
+    }
+)  # fmt: skip
 _STRICTNESS: tuple[OutputRule, ...] = ("own", "inherit", "tie", "fixed")
 
 
@@ -75,7 +84,7 @@ class Target:
     operators: Mapping[str, OperatorRule]
 
     def intersect(self, other: Target) -> Target:
-        """Return the target that both devices satisfy; defaults are those of `self`.
+        """Return the target that both devices satisfy; default schemes and the numerics are those of `self`.
 
         Raises:
             TargetError: Their rules contradict each other.
