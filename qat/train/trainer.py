@@ -191,9 +191,8 @@ def fit(
             total=steps,
             quiet=quiet,
         )
-        rate = optimizer.param_groups[0]["lr"]
         with contextlib.nullcontext() if teacher is None else evaluation_mode(teacher):
-            loss, top1 = _train_epoch(model, bar, settings, optimizer, scheduler, teacher, epoch)
+            loss, top1, rate = _train_epoch(model, bar, settings, optimizer, scheduler, teacher, epoch)
         record = EpochRecord(epoch + 1, loss, top1, rate, time.perf_counter() - start)
         records.append(record)
         for hook in hooks:
@@ -212,10 +211,11 @@ def _train_epoch(
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     teacher: nn.Module | None,
     epoch: int,
-) -> tuple[float, float]:
+) -> tuple[float, float, float]:
+    """Train one epoch; return the mean loss, the share of right answers and the learning rate of the last step."""
     device = device_of(model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    total = 0.0
+    total = rate = 0.0
     right = n = 0
     for step, (x, y) in enumerate(batches):
         x, y = x.to(device), y.to(device)
@@ -233,6 +233,7 @@ def _train_epoch(
         loss.backward()  # type: ignore[no-untyped-call]
         if settings.clip_norm is not None:
             nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        rate = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
         total += value * int(y.shape[0])
@@ -241,7 +242,7 @@ def _train_epoch(
         batches.set_postfix_str(f"loss {total / n:.4f}, top-1 {100 * right / n:.2f} %", refresh=False)
     if n == 0:
         raise DataError("the train split has no images", "give at least one")
-    return total / n, right / n
+    return total / n, right / n, rate
 
 
 def _teacher_scores(teacher: nn.Module | None, x: Tensor, settings: TrainSettings) -> Tensor | None:

@@ -133,6 +133,8 @@ def test_hooks_get_every_record() -> None:
 
     assert fit(small(), blobs(), TrainSettings(epochs=2), hooks=[Keep()]) == seen
     assert seen[0].to_json()["epoch"] == 1
+    # six steps an epoch: the last one of the first epoch is the sixth of twelve on the cosine
+    assert seen[0].lr == pytest.approx(0.01 * 0.5 * (1 + math.cos(math.pi * 5 / 12)))
 
 
 def test_distillation_pulls_towards_the_teacher_and_leaves_it_alone() -> None:
