@@ -77,6 +77,7 @@ def prepare(
     Args and Raises: as `plan`; and PlanError where a member of the model has a name that `PreparedModel` needs.
     """
     root = _copy(model)
+    modes = {module: module.training for module in root.modules()}
     found = _analyse(root, example_inputs, target, scheme)
     _parametrize_weights(root, found)
     dtypes = _input_dtypes(found)
@@ -87,7 +88,10 @@ def prepare(
         if vals is not None and isinstance(vals[0], torch.Tensor):
             node.meta["dtype"] = vals[0].dtype
     traced = found.traced
-    return PreparedModel(root, traced.graph, found.opgraph, found.plan, quantizers, dtypes, traced.structure)
+    prepared = PreparedModel(root, traced.graph, found.opgraph, found.plan, quantizers, dtypes, traced.structure)
+    for module in prepared.modules():
+        module.training = modes.get(module, root.training)
+    return prepared
 
 
 def _input_dtypes(found: _Analysis) -> dict[str, torch.dtype]:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat.encoding import Encoding, Encodings
-from qat.errors import CheckpointError, EncodingError, PlanError, StateError
+from qat.errors import EncodingError, PlanError, StateError
 from qat.graph.opgraph import OpGraph
 from qat.graph.plan import Plan
+from qat.graph.state import check_state, check_tensors
 from qat.graph.structure import Structure
 from qat.quantizers import FakeQuantize, Phase, WeightFakeQuantize
 from qat.quantizers.phases import (
@@ -117,6 +118,21 @@ class PreparedModel(nn.Module):
     def set_extra_state(self, state: object) -> None:
         """Restore which batch norms are frozen."""
         self.freeze_batch_norm(unpack_frozen(state))
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave: weights, ranges, phases and frozen batch norms.
+
+        Args:
+            state_dict: The state.
+            strict: Its keys must be the model's.
+            assign: Take the tensors over instead of copying them (as torch's).
+
+        Raises:
+            CheckpointError: A key is missing or unknown, or a value does not fit; the first one is named, and nothing
+                is loaded.
+        """
+        check_state(self, state_dict, strict=strict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def train(self, mode: bool = True) -> PreparedModel:
         """Switch between training and evaluation; frozen batch norms stay in evaluation."""
@@ -237,19 +253,7 @@ class PreparedModel(nn.Module):
             CheckpointError: A key is missing or unknown, or a shape differs; the first one is named.
         """
         mine = self.float_state_dict()
-        for key in mine:
-            if key not in state:
-                raise CheckpointError(f"the float state lacks {key!r}", "give the state_dict of this model")
-        for key, value in state.items():
-            if key not in mine:
-                raise CheckpointError(
-                    f"the float state has the unknown key {key!r}", "give the state_dict of this model"
-                )
-            if mine[key].shape != value.shape:
-                raise CheckpointError(
-                    f"{key!r} has shape {tuple(value.shape)} and not {tuple(mine[key].shape)}",
-                    "give the state_dict of this model",
-                )
+        check_tensors(mine, state, "the float state")
         with torch.no_grad():
             for key, value in state.items():
                 mine[key].copy_(value)

@@ -267,6 +267,16 @@ class Quantizer(nn.Module):
             CheckpointError: The state is malformed, or of a tensor with another integer type, range or
                 granularity.
         """
+        values = self.read_extra_state(state)
+        self.set_phase(Phase(*values["phase"]))
+        self._note(values["provenance"], values["method"], has_range=values["has_range"], loaded=values["loaded"])
+
+    def read_extra_state(self, state: object) -> dict[str, Any]:
+        """Check extra state, and unpack it, without restoring anything.
+
+        Raises:
+            CheckpointError: As `set_extra_state`.
+        """
         values = unpack_state(state, self.name)
         if values.get("grid") != self._grid_kind():
             raise CheckpointError(
@@ -274,11 +284,10 @@ class Quantizer(nn.Module):
                 "prepare the model with the scheme of the checkpoint",
             )
         phase, provenance, method = values.get("phase"), values.get("provenance"), values.get("method")
-        has_range, loaded = values.get("has_range"), values.get("loaded")
         if (
             not isinstance(phase, list)
             or len(phase) != len(("observing", "quantizing", "tracking"))
-            or not all(isinstance(v, bool) for v in [*phase, has_range, loaded])
+            or not all(isinstance(v, bool) for v in [*phase, values.get("has_range"), values.get("loaded")])
             or (provenance is not None and provenance not in get_args(Provenance))
             or not isinstance(method, str)
         ):
@@ -286,8 +295,7 @@ class Quantizer(nn.Module):
                 f"the extra state of {self.name!r} is malformed",
                 "load a checkpoint that this version of qat wrote",
             )
-        self.set_phase(Phase(*phase))
-        self._note(provenance, method, has_range=bool(has_range), loaded=bool(loaded))
+        return values
 
     def extra_repr(self) -> str:
         """Return scheme and phases for `print(model)`."""
