@@ -113,6 +113,9 @@ def _norm_key(op: GraphOp) -> str:
 
 
 def _foldable(op: GraphOp) -> bool:
+    if op.kind == "linear":
+        # on more dimensions the batch norm's channels are dimension 1, and not the features
+        return op.shape is not None and len(op.shape) == 2
     return op.kind != "conv_transpose" or op.attrs.get("groups", 1) == 1
 
 

@@ -210,6 +210,9 @@ class _Lowering:
         elif op.kind == "identity":
             del self.tensors[result]
             self.alias[op.name] = self.codes(op.tensors[0])
+        elif op.kind == "softmax" and self.graph.shapes[op.tensors[0]][op.attrs["axis"]] == 1:
+            # one, whatever the input: ONNX Runtime's integer softmax over a single element overflows to zero
+            self._emit("clamp", op.name, (self.codes(op.tensors[0]),), result, {"low": 1.0, "high": 1.0})
         elif op.kind == "concat":
             inputs = tuple(self._requantized(self.codes(t), encoding) for t in op.tensors)
             self._emit("concat", op.name, inputs, result, op.attrs)

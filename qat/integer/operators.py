@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -15,6 +15,7 @@ from qat.integer import floats
 from qat.integer.kernels import elementwise, layer_norm, layout, linear, normalize, pool, resize, table
 from qat.integer.kernels.qparams import QParams
 from qat.integer.kernels.requantize import dequantize, quantize, requantize_codes
+from qat.scheme import int_type
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Operand:
 
     @property
     def params(self) -> QParams:
-        """Per-tensor parameters of the codes."""
-        return qparams(self.encoding)
+        """Per-tensor parameters of the codes as an operator reads them."""
+        assert self.encoding is not None
+        return replace(qparams(self.encoding), float_reader=int_type(self.encoding.dtype).bits < 8)
 
 
 def qparams(encoding: Encoding | None) -> QParams:

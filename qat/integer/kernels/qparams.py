@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,14 @@ class QParams:
     The range may be narrower than the one of the dtype that stores the codes. The scale is rounded to float32
     on construction, since every runtime stores it so.
 
+    Attributes:
+        scale: Real value of one step.
+        zero_point: Code of 0.
+        qmin: Smallest code.
+        qmax: Largest code.
+        float_reader: Whatever reads the codes computes in float, whatever their range: those of 4-bit tensors, for
+            which ONNX Runtime has no integer kernel.
+
     Raises:
         EncodingError: A scale that is not positive and finite, an empty range, or a zero point outside the
             range.
@@ -41,6 +49,7 @@ class QParams:
     zero_point: int
     qmin: int
     qmax: int
+    float_reader: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         scale = round_to_float32(self.scale)
@@ -62,5 +71,5 @@ class QParams:
 
     @property
     def wide(self) -> bool:
-        """Whether the codes need more than 8 bits: ONNX Runtime then has no integer kernel."""
-        return self.qmin < -128 or self.qmax > 255 or self.levels > 256
+        """Whether ONNX Runtime has no integer kernel for the codes: more than 8 bits, or a `float_reader`."""
+        return self.float_reader or self.qmin < -128 or self.qmax > 255 or self.levels > 256
