@@ -117,6 +117,8 @@ def test_zero_is_exact_and_no_code_is_infinite(span: list[float], scheme: Scheme
         (1.0, 2.55, UINT8, 0.01, 0),  # widened to hold zero
         (-2.55, -1.0, UINT8, 0.01, 255),
         (5.1, 5.1, UINT8, 0.02, 0),  # constant
+        (-0.5, 254.5, UINT8, 1.0, 0),  # ties to even
+        (-1.5, 253.5, UINT8, 1.0, 2),
         (0.0, 2.55, Scheme(dtype="int8"), 0.01, -128),
         (-2.55, 0.0, Scheme(dtype="int8"), 0.01, 127),
         (0.0, 655.35, Scheme(dtype="uint16"), 0.01, 0),
@@ -143,6 +145,17 @@ def test_known_ranges(low: float, high: float, scheme: Scheme, scale: float, zer
     )
     assert float(found_scale) == pytest.approx(scale, rel=2.0**-23)
     assert int(found_zero_point) == zero_point
+
+
+def test_the_zero_point_belongs_to_the_rounded_scale() -> None:
+    # with 65535 steps the rounding of the scale moves it by up to 0.004
+    scheme = Scheme(dtype="uint16")
+    low, high = -torch.rand(3000) * 10, torch.rand(3000) * 10
+    scale, zero_point = numerics.range_to_scale(low, high, scheme)
+    exact = [-Fraction(bound) / Fraction(s) for bound, s in zip(low.tolist(), scale.tolist(), strict=True)]
+    assert zero_point.tolist() == [round(z) for z in exact]
+    unrounded = ((high.double() - low.double()) / 65535).tolist()
+    assert zero_point.tolist() != [round(-bound / s) for bound, s in zip(low.tolist(), unrounded, strict=True)]
 
 
 @pytest.mark.parametrize("qmin", [-128, -127])

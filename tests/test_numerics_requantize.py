@@ -61,8 +61,8 @@ def test_float_ties_go_to_even_and_large_accumulators_are_rounded_first() -> Non
     acc = torch.tensor([1, 3, 5, -1, -3, 2**24 + 1])
     codes = numerics.requantize_float(acc, torch.tensor(0.5), 0, -(2**15), 2**15 - 1)
     assert codes.tolist() == [0, 2, 2, 0, -2, 2**15 - 1]
-    # 2**24 + 1 is no float32: it is 2**24 before it is multiplied
-    assert int(numerics.requantize_float(acc[-1], torch.tensor(2.0**-10), 0, 0, 65535)) == 2**14
+    # 2**24 + 1 is no float32: it is 2**24 before it is multiplied, which makes 2.5 and not a little more
+    assert int(numerics.requantize_float(acc[-1], torch.tensor(2.5 * 2.0**-24), 0, 0, 255)) == 2
 
 
 @pytest.mark.parametrize("double_rounding", [True, False])
