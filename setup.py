@@ -1,7 +1,102 @@
-"""Build of `qat`: what is declarative is in pyproject.toml, what has to be computed belongs here."""
+"""Build of `qat`: what is declarative is in pyproject.toml, what has to be computed belongs here.
+
+The native extension `qat/native/_C.abi3.so` is optional. Where there is no C++ compiler or torch, or the build fails,
+the installation goes on without it, with a warning, and `qat` computes everything in PyTorch; `QAT_NO_NATIVE=1` leaves
+it out at once. It needs torch's headers at build time, so build with `--no-build-isolation`, in an environment that
+has torch.
+"""
 
 from __future__ import annotations
 
-from setuptools import setup
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# relative, because setuptools wants the sources of an extension so
+CSRC = Path("csrc")
+#: Symbols of torch 2.10 at most are used, and all later versions have them.
+STABLE_ABI = "0x020a000000000000"
+COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-g0", "-Wall", "-Wextra"]
+#: gcc 12 takes the undefined registers of its own header for a mistake.
+GCC_12 = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+#: Options of single source files of csrc/kernels: instruction sets, and warnings that mean nothing there.
+KERNEL_OPTIONS = {
+    "avx2": ["-mavx2"],
+    "avx512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), *GCC_12],
+}
+
+
+class NativeBuild(build_ext):
+    """Compiles the kernels one instruction set a file, without torch, then the registration against torch."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Build one extension; what goes wrong is a warning, and the package works without it."""
+        try:
+            self._build(ext)
+        # whatever a compiler, a linker or a broken torch brings
+        except Exception as error:  # noqa: BLE001
+            sys.stderr.write(
+                f"warning: qat's native extension was not built, so its PyTorch code is used instead: "
+                f"{type(error).__name__}: {error}\n"
+            )
+
+    def _build(self, ext: Extension) -> None:
+        from torch.utils import cpp_extension
+
+        objects = []
+        for source in ext.sources:
+            path = Path(source)
+            options = list(COMMON)
+            include: list[str] = []
+            if path.parent.name == "torch":
+                include = cpp_extension.include_paths()
+                options.append(f"-DTORCH_TARGET_VERSION={STABLE_ABI}")
+            elif platform.machine() in {"x86_64", "AMD64"}:
+                options += KERNEL_OPTIONS.get(path.stem, [])
+            objects += self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                # as system headers, whose warnings are not ours
+                extra_preargs=[word for folder in include for word in ("-isystem", folder)],
+                extra_postargs=options + shlex.split(os.environ.get("QAT_NATIVE_CXXFLAGS", "")),
+                depends=ext.depends,
+            )
+        self.compiler.link_shared_object(
+            objects,
+            self.get_ext_fullpath(ext.name),
+            libraries=["torch", "torch_cpu"],
+            library_dirs=cpp_extension.library_paths(),
+            extra_postargs=shlex.split(os.environ.get("QAT_NATIVE_LDFLAGS", "")),
+            build_temp=self.build_temp,
+            target_lang="c++",
+        )
+
+
+def native() -> dict[str, Any]:
+    """Return the arguments of `setup` that are about the extension."""
+    if os.environ.get("QAT_NO_NATIVE", "0") not in {"", "0"}:
+        return {}
+    extension = Extension(
+        "qat.native._C",
+        sources=sorted(map(str, [*CSRC.glob("kernels/*.cpp"), *CSRC.glob("torch/*.cpp")])),
+        depends=sorted(map(str, CSRC.glob("*/*.h"))),
+        language="c++",
+        # one file for all versions of Python, which it does not even know
+        py_limited_api=True,
+        # setuptools must not miss it where it was not built
+        optional=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": NativeBuild},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**native())

@@ -1,0 +1,56 @@
+// Kernels of training: fake quantization, its gradient, and the statistics of observers.
+//
+// Nothing here knows torch. A `Kernels` table holds what one instruction set computes on a run of memory; the drivers
+// in training.h cut tensors into such runs and spread them over threads.
+#pragma once
+
+#include <cstdint>
+
+namespace qat {
+
+// Grid of codes. All are float32 numbers, whole for z, low and high, and at most 2^23 in magnitude for low and high.
+struct Range {
+  float low;
+  float high;
+};
+
+// Smallest and largest finite values of a run, and how many values were nan or infinite.
+struct Extrema {
+  float low;
+  float high;
+  int64_t nonfinite;
+};
+
+// bfloat16 values travel as their bit patterns.
+template <class T>
+struct TypedKernels {
+  // y[i] = dequantize(quantize(x[i])), and bit i of `bits` (least significant first) tells that the code was not
+  // clamped. `bits` may be null; whole bytes are written, so two runs must not share one. n may be anything.
+  void (*quantize_run)(const T* x, T* y, uint8_t* bits, int64_t n, float scale, float zero_point, Range range);
+  // The same with one scale and zero point for each element.
+  void (*quantize_each)(const T* x, T* y, uint8_t* bits, int64_t n, const float* scale, const float* zero_point,
+                        Range range);
+  // out[i] = bit i ? grad[i] : 0; out may be grad.
+  void (*mask_run)(const T* grad, const uint8_t* bits, T* out, int64_t n);
+  // Widens `extrema` by the run.
+  void (*extrema_run)(const T* x, int64_t n, Extrema* extrema);
+  // Widens low[i] and high[i] by x[i], and counts into *nonfinite.
+  void (*extrema_each)(const T* x, int64_t n, float* low, float* high, int64_t* nonfinite);
+};
+
+struct Kernels {
+  const char* isa;
+  TypedKernels<float> f32;
+  TypedKernels<uint16_t> bf16;
+};
+
+// One for each source file; null where the file was not compiled for this architecture.
+const Kernels* portable_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// The table of an instruction set by its name ("portable", "avx2", "avx512"), null where the name is unknown or this
+// processor or its operating system lacks it. An empty name is the best one.
+const Kernels* find_kernels(const char* isa);
+
+}  // namespace qat

@@ -1,0 +1,182 @@
+// The loops of `TypedKernels`, over a vector type V that each instruction set's source file defines.
+//
+// Everything stands in an unnamed namespace, and no inline function of the standard library is called: a function that
+// two files compile for different instruction sets must never be merged by the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace qat {
+namespace {
+
+// A run that is shorter than a vector goes through the vector code in a padded copy.
+template <class V, class T>
+inline void copy_in(T (&to)[V::width], const T* from, int64_t n) {
+  std::memset(to, 0, sizeof(to));
+  std::memcpy(to, from, static_cast<size_t>(n) * sizeof(T));
+}
+
+template <class V>
+inline void store_bits(uint8_t* bits, uint32_t mask) {
+  for (int byte = 0; byte < V::width / 8; ++byte) bits[byte] = static_cast<uint8_t>(mask >> (8 * byte));
+}
+
+template <class V>
+inline uint32_t load_bits(const uint8_t* bits) {
+  uint32_t mask = 0;
+  for (int byte = 0; byte < V::width / 8; ++byte) mask |= static_cast<uint32_t>(bits[byte]) << (8 * byte);
+  return mask;
+}
+
+// The contract of docs/numerics.md: float32 division, half to even, nan has the code of zero, infinities saturate.
+template <class V>
+inline typename V::Float quantize_vector(typename V::Float x, typename V::Float scale, typename V::Float zero_point,
+                                         typename V::Float low, typename V::Float high, typename V::Mask& inside) {
+  const auto steps = V::round(V::div(x, scale));
+  const auto number = V::ordered(steps);
+  const auto code = V::add(V::keep(number, steps), zero_point);
+  const auto clamped = V::min(V::max(code, low), high);
+  inside = V::both(number, V::equal(code, clamped));
+  return V::mul(V::sub(clamped, zero_point), scale);
+}
+
+template <class V, class T, class Grid>
+inline void quantize_loop(const T* x, T* y, uint8_t* bits, int64_t n, const Grid& grid, Range range) {
+  const auto low = V::set(range.low), high = V::set(range.high);
+  typename V::Mask inside;
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    V::store(y + i, quantize_vector<V>(V::load(x + i), grid.scale(i), grid.zero_point(i), low, high, inside));
+    if (bits != nullptr) store_bits<V>(bits + i / 8, V::bits(inside));
+  }
+  if (i == n) return;
+  const int64_t rest = n - i;
+  T buffer[V::width];
+  copy_in<V>(buffer, x + i, rest);
+  const auto last = grid.last(i, rest);
+  V::store(buffer, quantize_vector<V>(V::load(buffer), last.scale(0), last.zero_point(0), low, high, inside));
+  std::memcpy(y + i, buffer, static_cast<size_t>(rest) * sizeof(T));
+  if (bits == nullptr) return;
+  const uint32_t mask = V::bits(inside) & ((1u << rest) - 1u);
+  for (int64_t byte = 0; 8 * byte < rest; ++byte) bits[i / 8 + byte] = static_cast<uint8_t>(mask >> (8 * byte));
+}
+
+template <class V>
+struct OneGrid {
+  typename V::Float s, z;
+  typename V::Float scale(int64_t) const { return s; }
+  typename V::Float zero_point(int64_t) const { return z; }
+  OneGrid last(int64_t, int64_t) const { return *this; }
+};
+
+template <class V>
+struct PaddedGrid {
+  float s[V::width], z[V::width];
+  typename V::Float scale(int64_t) const { return V::load(s); }
+  typename V::Float zero_point(int64_t) const { return V::load(z); }
+};
+
+template <class V>
+struct EachGrid {
+  const float *s, *z;
+  typename V::Float scale(int64_t i) const { return V::load(s + i); }
+  typename V::Float zero_point(int64_t i) const { return V::load(z + i); }
+  PaddedGrid<V> last(int64_t i, int64_t rest) const {
+    PaddedGrid<V> grid;
+    copy_in<V>(grid.s, s + i, rest);
+    copy_in<V>(grid.z, z + i, rest);
+    return grid;
+  }
+};
+
+template <class V, class T>
+void quantize_run(const T* x, T* y, uint8_t* bits, int64_t n, float scale, float zero_point, Range range) {
+  quantize_loop<V>(x, y, bits, n, OneGrid<V>{V::set(scale), V::set(zero_point)}, range);
+}
+
+template <class V, class T>
+void quantize_each(const T* x, T* y, uint8_t* bits, int64_t n, const float* scale, const float* zero_point,
+                   Range range) {
+  quantize_loop<V>(x, y, bits, n, EachGrid<V>{scale, zero_point}, range);
+}
+
+template <class V, class T>
+void mask_run(const T* grad, const uint8_t* bits, T* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) V::store_masked(out + i, grad + i, load_bits<V>(bits + i / 8));
+  for (; i < n; ++i) out[i] = (bits[i / 8] >> (i % 8)) & 1 ? grad[i] : T(0);
+}
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+template <class V, class T>
+void extrema_run(const T* x, int64_t n, Extrema* extrema) {
+  const auto highest = V::set(bits_to_float(0x7f800000u)), lowest = V::set(bits_to_float(0xff800000u));
+  auto low = highest, high = lowest;
+  int64_t nonfinite = 0, i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    const auto v = V::load(x + i);
+    const auto finite = V::finite(v);
+    low = V::min(low, V::select(finite, v, highest));
+    high = V::max(high, V::select(finite, v, lowest));
+    nonfinite += V::width - V::count(finite);
+  }
+  if (i < n) {  // zeros fill the copy, so what is no value is taken out
+    T buffer[V::width];
+    float lows[V::width], highs[V::width];
+    copy_in<V>(buffer, x + i, n - i);
+    const auto v = V::load(buffer);
+    const auto finite = V::finite(v);
+    V::store(lows, V::select(finite, v, highest));
+    V::store(highs, V::select(finite, v, lowest));
+    nonfinite += V::width - V::count(finite);
+    for (int64_t k = 0; k < n - i; ++k) {
+      if (lows[k] < extrema->low) extrema->low = lows[k];
+      if (highs[k] > extrema->high) extrema->high = highs[k];
+    }
+  }
+  float lows[V::width], highs[V::width];
+  V::store(lows, low);
+  V::store(highs, high);
+  for (int k = 0; k < V::width; ++k) {
+    if (lows[k] < extrema->low) extrema->low = lows[k];
+    if (highs[k] > extrema->high) extrema->high = highs[k];
+  }
+  extrema->nonfinite += nonfinite;
+}
+
+template <class V, class T>
+void extrema_each(const T* x, int64_t n, float* low, float* high, int64_t* nonfinite) {
+  int64_t count = 0, i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    const auto v = V::load(x + i);
+    const auto finite = V::finite(v);
+    const auto l = V::load(low + i), h = V::load(high + i);
+    V::store(low + i, V::select(finite, V::min(l, v), l));
+    V::store(high + i, V::select(finite, V::max(h, v), h));
+    count += V::width - V::count(finite);
+  }
+  for (; i < n; ++i) {
+    Extrema one{low[i], high[i], 0};
+    extrema_run<V>(x + i, 1, &one);
+    low[i] = one.low;
+    high[i] = one.high;
+    count += one.nonfinite;
+  }
+  *nonfinite += count;
+}
+
+template <class V, class T>
+constexpr TypedKernels<T> typed_kernels() {
+  return {&quantize_run<V, T>, &quantize_each<V, T>, &mask_run<V, T>, &extrema_run<V, T>, &extrema_each<V, T>};
+}
+
+}  // namespace
+}  // namespace qat

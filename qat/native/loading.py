@@ -1,0 +1,74 @@
+"""Finds and loads the compiled library, once, when it is first asked for.
+
+Nothing is compiled here, and nothing is loaded by an import. Where the library is absent, does not load, or was built
+from other sources, there is a reason, and everybody computes in PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+#: The `interface_version` of csrc/torch/ops.cpp that the Python code of this package calls.
+_INTERFACE = 1
+
+
+@dataclass(frozen=True)
+class Status:
+    """Which path computes, and why.
+
+    Attributes:
+        active: The native operators `torch.ops.qat.*` are loaded.
+        reason: Why, in one line.
+        isa: Instruction set of the kernels: "avx512", "avx2" or "portable"; empty when not active.
+        path: The library's file, where there is one.
+    """
+
+    active: bool
+    reason: str
+    isa: str = ""
+    path: Path | None = None
+
+    def __str__(self) -> str:
+        """One line for `qat env`."""
+        return f"{self.isa} ({self.path})" if self.active else f"not used: {self.reason}"
+
+
+@functools.cache
+def status() -> Status:
+    """Return which path is in use; the first call loads the library.
+
+    `QAT_NO_NATIVE=1` in the environment keeps the library out, and `QAT_NATIVE_ISA` chooses an instruction set lower
+    than the best one; both are read at the first call.
+    """
+    if os.environ.get("QAT_NO_NATIVE", "0") not in {"", "0"}:
+        return Status(False, "QAT_NO_NATIVE is set")
+    return load(Path(__file__).with_name("_C.abi3.so"))
+
+
+def load(path: Path) -> Status:
+    """Load a library and register the Python side of its operators; never raises.
+
+    A process can load only one; a second call in the same process must name the same file.
+    """
+    if not path.is_file():
+        return Status(False, "the extension was not built (no compiler at installation, or the build failed)")
+    try:
+        torch.ops.load_library(path)  # type: ignore[no-untyped-call]
+        interface = int(torch.ops.qat._interface())
+        if interface != _INTERFACE:
+            return Status(
+                False, f"{path.name} was built from other sources (interface {interface}, not {_INTERFACE})", path=path
+            )
+        isa = str(torch.ops.qat._isa())
+    # dlopen, the stable ABI and torch.library all have errors of their own
+    except Exception as error:  # noqa: BLE001
+        return Status(False, f"{path.name} does not load: {' '.join(str(error).split())[:200]}", path=path)
+    from qat.native.operators import register
+
+    register()
+    return Status(True, f"built, and this processor runs {isa}", isa, path)
