@@ -69,7 +69,7 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: 
     return interleaved(
         {
             "copy": lambda: target.copy_(x),
-            "clone": lambda: x.clone(),
+            "clone": x.clone,
             "forward native": lambda: native.fake_quantize(leaf, *one),
             "forward PyTorch": lambda: pytorch(leaf, one, None),
             "forward and range native": lambda: native.fake_quantize_observe(leaf, *one),

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qat import numerics
+from qat import native, numerics
 from qat.errors import DataError, EncodingError
 from qat.scheme import PER_TENSOR, Granularity
 
 #: Largest magnitude of a code or zero point for which float32 arithmetic on codes is exact.
 _EXACT = 1 << 23
+_NATIVE_VALUES = frozenset({torch.float32, torch.bfloat16})
+_NATIVE_CODES = frozenset({torch.float32, torch.int32, torch.int64})
 
 
 def fake_quantize(
@@ -36,8 +38,11 @@ def fake_quantize(
     The values are those of `numerics.quantize` (half to even) and `numerics.dequantize`, to the bit. They are
     computed in float32 and returned in the dtype of `x`. The gradient of `x` is straight through a range
     mask: it passes unchanged where the code before clamping lies in `[qmin, qmax]`, and is zero elsewhere
-    (also for nan). `scale`, `zero_point` and `factor` get no gradient. Only the mask (one byte an element) is
-    kept for the backward pass.
+    (also for nan). `scale`, `zero_point` and `factor` get no gradient. Only the mask (one byte an element, or
+    one bit in the native extension) is kept for the backward pass.
+
+    On the CPU the native extension, where it is there, computes the same bits in one pass over memory. Compiled
+    code keeps to PyTorch's operations, which the compiler fuses with their neighbours.
 
     Args:
         x: Floating-point tensor of any shape.
@@ -56,6 +61,9 @@ def fake_quantize(
         raise DataError(f"cannot fake-quantize a tensor of {x.dtype}", "quantize only floating-point tensors")
     if not -_EXACT <= qmin < qmax <= _EXACT:
         raise EncodingError(f"integer range [{qmin}, {qmax}] is too wide for fake quantization", "use 16 bits or fewer")
+    if factor is None and not torch.compiler.is_compiling() and _is_for_native(x, scale, zero_point, granularity):
+        axis = None if granularity.kind == "per_tensor" else granularity.axis
+        return native.fake_quantize(x, scale.detach().to(torch.float32), zero_point, qmin, qmax, axis)
     s = numerics.expand_to(scale.detach().to(torch.float32), x, granularity)
     z = numerics.expand_to(zero_point.to(torch.float32), x, granularity)
     f = None if factor is None else factor.detach()
@@ -63,6 +71,22 @@ def fake_quantize(
         out: Tensor = _StraightThrough.apply(x, s, z, f, qmin, qmax)  # type: ignore[no-untyped-call]
         return out
     return _forward(x, s, z, f, qmin, qmax, with_mask=False)[0]
+
+
+def _is_for_native(x: Tensor, scale: Tensor, zero_point: Tensor, granularity: Granularity) -> bool:
+    """Tell whether the native extension is there and has this case; what is wrong is left to the other path."""
+    if granularity.kind == "per_group" or x.dtype not in _NATIVE_VALUES or zero_point.dtype not in _NATIVE_CODES:
+        return False
+    count = 1
+    if granularity.kind == "per_channel":
+        if not -x.dim() <= granularity.axis < x.dim():
+            return False
+        count = x.shape[granularity.axis]
+    return (
+        scale.numel() == count == zero_point.numel()
+        and x.device.type == scale.device.type == zero_point.device.type == "cpu"
+        and native.status().active
+    )
 
 
 def _forward(

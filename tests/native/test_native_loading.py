@@ -82,6 +82,13 @@ def test_an_absent_and_a_broken_library_are_reasons(tmp_path: Path) -> None:
     assert "\n" not in found.reason
 
 
+@pytest.mark.skipif(os.environ.get("QAT_NO_NATIVE", "0") not in {"", "0"}, reason="QAT_NO_NATIVE is set")
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++").split()[0]) is None, reason="no C++ compiler")
+def test_where_there_is_a_compiler_it_is_in_use() -> None:
+    """Else a build that fails would only be seen as skipped tests."""
+    assert native.status().active, f"{native.status().reason}: scripts/setup builds it"
+
+
 def test_the_status_says_what_is_loaded(operators: None) -> None:
     status = native.status()
     assert status.path is not None
