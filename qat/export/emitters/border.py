@@ -8,7 +8,7 @@ from qat.integer.program import Op
 
 def quantize(ctx: Context, op: Op) -> None:
     """Float to codes."""
-    ctx.finish(op.outputs[0], ctx.value(op.inputs[0]), op)
+    ctx.finish(op.outputs[0], ctx.shielded(ctx.value(op.inputs[0]), op.outputs[0]), op)
 
 
 def dequantize(ctx: Context, op: Op) -> None:

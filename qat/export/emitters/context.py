@@ -38,6 +38,14 @@ MOVERS = frozenset({"reshape", "transpose", "slice", "expand", "identity", "conc
 #: kinds after which ONNX Runtime may drop a 4-bit QuantizeLinear and does it right
 _COPIERS = frozenset({"reshape", "transpose", "slice", "expand", "identity", "concat"})
 
+#: operators whose float weights ONNX Runtime may quantize
+_PRODUCTS = frozenset({"Conv", "ConvTranspose", "Gemm"})
+#: operators that ONNX Runtime fuses with those, or moves a QuantizeLinear across
+_PASSED = frozenset({
+    "Relu", "Clip", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Split", "Gather", "Expand",
+    "MaxPool", "Identity", "DepthToSpace", "SpaceToDepth",
+})  # fmt: skip
+
 #: `cast`: INT4 initializer, Cast to 8 bits, DequantizeLinear; `direct`: DequantizeLinear on the INT4 initializer
 FourBitWeights = Literal["cast", "direct"]
 
@@ -364,8 +372,28 @@ class Context:
             or before.same_grid(encoding)
         ):
             return source
+        return self._guard(source, encoding, base)
+
+    def _guard(self, source: str, encoding: Encoding, base: str) -> str:
+        """A Max that changes no code of `encoding`, and that the runtime moves nothing across."""
         low = self.scalar(whole(encoding).representable()[0], f"{base}/lowest")
         return self.node("Max", [source, low], [self.fresh(f"{base}/guarded")], where=base)
+
+    def shielded(self, source: str, name: str) -> str:
+        """Return the float `source` of quantized tensor `name`, so that the layer behind it stays a float layer.
+
+        ONNX Runtime quantizes the float weight of a product between DequantizeLinear and QuantizeLinear on its own,
+        also where a Relu or operators that only move values are in between. That layer was kept float on purpose.
+        """
+        encoding = self.info(name).encoding
+        assert encoding is not None
+        producers = {result: node for node in self.nodes for result in node.output}
+        node = producers.get(source)
+        while node is not None and node.op_type in _PASSED:
+            node = producers.get(node.input[0])
+        if node is None or node.op_type not in _PRODUCTS:
+            return source
+        return self._guard(source, encoding, name)
 
     def _dequantize(
         self, codes: str, encoding: Encoding, value: str, base: str, shape: Sequence[int] | None = None
