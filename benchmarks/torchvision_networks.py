@@ -3,7 +3,8 @@
     python benchmarks/torchvision_networks.py [--images DIR] [--samples 32] [--json FILE] [NETWORK ...]
 
 Weights are random (seeded), batch norm statistics come from the images, so this measures coverage and exactness and not
-accuracy. Images: a folder with JPEG files anywhere below it (default: `imagenet-sample/calib` in the folder that QAT_DATA names).
+accuracy. Images: a folder with JPEG files anywhere below it (default: `imagenet-sample/calib` in the folder that QAT_DATA
+names).
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from qat.torchvision import import_torchvision
 
 NETWORKS = (
     "mobilenet_v2", "mobilenet_v3_small", "resnet18", "resnet50", "shufflenet_v2_x1_0", "squeezenet1_1",
-    "efficientnet_b0", "mnasnet1_0", "regnet_y_400mf", "densenet121", "googlenet", "convnext_tiny", "vit_b_16", "swin_t",
+    "efficientnet_b0", "mnasnet1_0", "regnet_y_400mf", "densenet121", "googlenet", "convnext_tiny", "vit_b_16",
+    "swin_t",
 )  # fmt: skip
 
 
 def load_images(folder: Path, count: int) -> Tensor:
     """Return `count` images, shape (count, 3, 224, 224), ImageNet mean and standard deviation."""
-    transforms = import_torchvision().transforms
+    transforms = import_torchvision("transforms")
     from PIL import Image
 
     prepare = transforms.Compose(
@@ -51,7 +53,7 @@ def load_images(folder: Path, count: int) -> Tensor:
 
 def build(name: str, images: Tensor) -> nn.Module:
     """Return the network with seeded random weights and batch norm statistics of the images."""
-    models = import_torchvision().models
+    models = import_torchvision("models")
     torch.manual_seed(0)
     extra = {"aux_logits": False, "init_weights": True} if name == "googlenet" else {}
     model: nn.Module = getattr(models, name)(weights=None, **extra)
@@ -120,11 +122,12 @@ def main() -> None:
             row = measure(name, images, args.samples, Path(folder), "layers" if args.layers else "outputs")
             rows.append(row)
             floats = "; ".join(f"{n} ({k}): {r}" for n, k, r in row["left_float"]) or "none"
-            print(
-                f"| {name} | {row['macs'] / 1e6:.0f} | {100 * row['integer_share']:.2f} % | {floats} | {row['max_difference']:g} |"
-                f" {100 * row['equal_share']:.3f} % | {row['sqnr_db']:.1f} | {row['seconds_all']:.0f} |",
-                flush=True,
-            )
+            cells = (
+                name, f"{row['macs'] / 1e6:.0f}", f"{100 * row['integer_share']:.2f} %", floats,
+                f"{row['max_difference']:g}", f"{100 * row['equal_share']:.3f} %", f"{row['sqnr_db']:.1f}",
+                f"{row['seconds_all']:.0f}",
+            )  # fmt: skip
+            print(f"| {' | '.join(cells)} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -38,6 +38,7 @@ def _facts() -> dict[str, Any]:
     import torch
 
     import qat
+    from qat import native
 
     facts: dict[str, Any] = {
         "qat": qat.__version__,
@@ -46,6 +47,7 @@ def _facts() -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "native": str(native.status()),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
     }
     for name in _LIBRARIES:
