@@ -4,8 +4,8 @@ Schema of a target file, version 1 (YAML):
 
     schema: 1
     name, title, version, numerics (onnx|tflite), dynamic_batch (bool)
-    activations: {dtype, symmetric}
-    weights: {dtype, symmetric, granularity, qmin, qmax}
+    activations, weights: {dtype, symmetric, granularity, qmin, qmax, observer}
+        observer: a name, or {name: ..., <option>: ...}; minmax where it is left out
     dtypes: {<set name>: [[activation dtype, weight dtype], ...], ...}     named sets of legal dtype tuples
     operators: {<kind>: {dtypes: <set name>, granularity: [...], output: own|inherit|tie|fixed, fixed: [low, high]}}
 """
@@ -23,7 +23,7 @@ from typing import Any, get_args
 import yaml
 
 from qat.errors import SchemeError, TargetError
-from qat.scheme import Granularity, GranularityKind, Scheme, int_type
+from qat.scheme import Granularity, GranularityKind, ObserverSpec, Scheme, int_type
 from qat.targets.target import KINDS, OperatorRule, OutputRule, Target
 
 SCHEMA_VERSION = 1
@@ -41,7 +41,7 @@ _KEYS = {
     "operators",
 }
 _RULE_KEYS = {"dtypes", "granularity", "output", "fixed"}
-_SCHEME_KEYS = {"dtype", "symmetric", "granularity", "qmin", "qmax"}
+_SCHEME_KEYS = {"dtype", "symmetric", "granularity", "qmin", "qmax", "observer"}
 
 
 def target_names() -> tuple[str, ...]:
@@ -163,9 +163,17 @@ def _scheme(data: Any, where: str) -> Scheme:
             granularity=Granularity(data.get("granularity", "per_tensor")),
             qmin=data.get("qmin"),
             qmax=data.get("qmax"),
+            observer=_observer(data.get("observer", "minmax"), f"{where}.observer"),
         )
     except SchemeError as error:
         raise TargetError(f"{where}: {error}") from None
+
+
+def _observer(data: Any, where: str) -> ObserverSpec:
+    options = {"name": data} if isinstance(data, str) else _mapping(data, where)
+    if not isinstance(options.get("name"), str):
+        raise TargetError(f"{where} is {data!r}", "write a name, or {name: ..., option: ...}")
+    return ObserverSpec(options["name"], {key: value for key, value in options.items() if key != "name"})
 
 
 def _rule(data: Any, sets: Mapping[str, frozenset[tuple[str, str]]], where: str) -> OperatorRule:

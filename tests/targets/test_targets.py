@@ -10,7 +10,8 @@ import yaml
 
 import qat
 from qat.errors import TargetError
-from qat.scheme import Granularity, Scheme
+from qat.observers.registry import check_observer
+from qat.scheme import Granularity, ObserverSpec, Scheme
 from qat.targets.load import parse_target, target_names
 from qat.targets.target import KINDS, OperatorRule, Target
 
@@ -80,6 +81,8 @@ def test_a_target_file() -> None:
         ("activations", {}, "activations lacks the key 'dtype'"),
         ("activations.dtype", "uint7", "activations: unknown integer type 'uint7'"),
         ("activations.symmetric", "no", "activations: symmetric is 'no'"),
+        ("activations.observer", 3, "activations.observer is not a mapping"),
+        ("activations.observer", {"bins": 3}, r"activations.observer is {'bins': 3}; write a name"),
         ("weights.granularity", "per_row", "weights: unknown granularity 'per_row'"),
         ("weights.granularity", "per_group", "weights: granularity per_group with group size None"),
         ("weights.qmin", -129, r"weights: integer range \[-129, 127\]"),
@@ -112,6 +115,15 @@ def test_a_bad_target_file_is_refused(path: str, value: Any, message: str) -> No
         parse_target(yaml.safe_dump(changed(path, value)), "toy.yaml")
     assert str(caught.value).startswith("toy.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_the_default_observer_of_a_target() -> None:
+    def observer(value: Any) -> ObserverSpec:
+        return parse_target(yaml.safe_dump(changed("activations.observer", value)), "toy.yaml").activations.observer
+
+    assert parse_target(yaml.safe_dump(GOOD), "toy.yaml").activations.observer == ObserverSpec("minmax")
+    assert observer("histogram") == ObserverSpec("histogram")
+    assert observer({"name": "percentile", "percentile": 99.9}) == ObserverSpec("percentile", {"percentile": 99.9})
 
 
 @pytest.mark.parametrize("text", ["", "- a list", "42", "{unclosed", "a: [1", "\t: x", "!!python/object:os.system {}"])
@@ -153,6 +165,8 @@ def test_the_targets_that_come_with_qat(name: str) -> None:
     assert target.refusal("conv", target.activations.dtype, target.weights) is None
     assert target.refusal("linear", target.activations.dtype, target.weights) is None
     assert target.intersect(target).operators == target.operators
+    for scheme in (target.activations, target.weights):
+        check_observer(scheme.observer)
 
 
 def both(a: dict[str, Any], b: dict[str, Any]) -> tuple[Target, Target]:
