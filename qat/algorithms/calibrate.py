@@ -72,7 +72,7 @@ def calibrate(
         }
         for quantizer in chosen.values():
             quantizer.observer.reset()
-        seen, kept = _observe_together(qmodel, chosen, batches, samples, progress)
+        seen, total, kept = _observe_together(qmodel, chosen, batches, samples, progress)
         _observe_constants(qmodel, chosen)
         if _distributed():
             for quantizer in chosen.values():
@@ -80,6 +80,8 @@ def calibrate(
         _check_observed(qmodel, chosen)
         for quantizer in chosen.values():
             quantizer.finish()
+            # the rows that an observer counts are more where it serves several places, or sees windows of images
+            quantizer.samples.clamp_(max=total)
         done: set[int] = set()
         for _, weight_quantizer, weight in qmodel.weight_quantizers():
             if id(weight_quantizer) not in done and (only == "all" or not weight_quantizer.ready):
@@ -141,8 +143,12 @@ def _observe_together(
     batches: Iterable[Any],
     samples: int | None,
     progress: bool | None,
-) -> tuple[int, tuple[Tensor, ...]]:
-    """Observe the batches; where one process fails all do, for the others would wait for it forever."""
+) -> tuple[int, int, tuple[Tensor, ...]]:
+    """Observe the batches; where one process fails all do, for the others would wait for it forever.
+
+    Returns:
+        The samples of this process, those of all, and some inputs.
+    """
     qmodel.set_phase(FLOAT)
     for quantizer in chosen.values():
         quantizer.set_phase(OBSERVE)
@@ -169,7 +175,7 @@ def _observe_together(
         raise DataError("no calibration data", "give at least one batch")
     if total < _FEW:
         warnings.warn(f"calibrated on {total} samples only; {_FEW} or more are advisable", stacklevel=3)
-    return seen, kept
+    return seen, total, kept
 
 
 def _observe(
