@@ -491,6 +491,18 @@ def test_moving_between_float_types_keeps_the_grid(calibrated: PreparedModel) ->
         assert all(cast.encodings()[name].scale == before[name].scale for name in cast.activation_quantizers())
 
 
+@pytest.mark.parametrize("phase", ["float", "observe", "quantize", "track"])
+def test_no_phase_mixes_devices_or_waits_for_one(calibrated: PreparedModel, phase: str) -> None:
+    """On the meta device reading a value raises, as does a tensor of another device."""
+    calibrated.set_phase(phase)
+    moved = calibrated.to("meta").train()
+    out = moved(IMAGES.to("meta"))
+    assert out.device.type == "meta"
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.device.type == "meta" for p in moved.parameters())
+    assert {b.device.type for b in moved.buffers()} == {"meta"}
+
+
 # -- encodings
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import copy
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -291,7 +291,7 @@ def worker(rank: int, folder: str) -> None:
             messages.append(str(error))
     Path(folder, f"{rank}.txt").write_text("\n".join(messages), encoding="utf-8")
     dist.barrier()
-    # gloo's destructor joins a thread that may wait for the GIL which the destructor holds (torch 2.13): leave without it
+    # gloo's destructor joins a thread that may wait for the GIL which the destructor holds (torch 2.13): skip it
     os._exit(0)
 
 
