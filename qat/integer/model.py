@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ class IntegerModel(nn.Module):
     """A converted network: integer codes between integer operators, floats at the borders and in float islands.
 
     The arguments of `forward` are the tensors of the user's model, in its order; it returns what the user's model
-    returns.
+    returns. It is always in evaluation. `state_dict` holds the codes (`constants.<name>`, with "/" for ".") and the
+    parameters of float islands; scales are part of `program`.
 
     Args:
         program: What to run.
@@ -30,13 +31,40 @@ class IntegerModel(nn.Module):
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
-        self._keys = {name: f"constant_{index}" for index, name in enumerate(program.constants)}
+        self.constants = nn.Module()
+        self._keys: dict[str, str] = {}
         for name, constant in program.constants.items():
-            self.register_buffer(self._keys[name], constant.value)
+            key = name.replace(".", "/")
+            while key in self.constants._buffers:
+                key += "~"
+            self._keys[name] = key
+            self.constants.register_buffer(key, constant.value)
+        self.islands = nn.ModuleList(op.call for op in program.ops if isinstance(op.call, nn.Module))
         last_use: dict[str, int] = {}
         for position, op in enumerate(program.ops):
             last_use.update(dict.fromkeys(op.inputs, position))
         self._last_use = last_use
+        #: constants with what operators have prepared of them; made when first read
+        self._operands: dict[str, Operand] = {}
+        self.eval()
+
+    def train(self, mode: bool = True) -> IntegerModel:  # noqa: ARG002 - the signature of nn.Module
+        """Do nothing: there is no training of integers."""
+        super().train(False)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerModel:
+        self._operands.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load codes of the same program."""
+        self._operands.clear()
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_operands": {}}
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Run the network.
@@ -124,7 +152,10 @@ class IntegerModel(nn.Module):
 
     def _read(self, name: str, values: dict[str, Tensor]) -> Operand:
         if name in self._keys:
-            return Operand(getattr(self, self._keys[name]), self.program.constants[name].encoding)
+            if name not in self._operands:
+                value = getattr(self.constants, self._keys[name])
+                self._operands[name] = Operand(value, self.program.constants[name].encoding)
+            return self._operands[name]
         return Operand(values[name], self.program.tensors[name].encoding)
 
     def _run_op(self, op: Op, values: dict[str, Tensor], batch: int) -> tuple[Tensor, ...]:
@@ -167,4 +198,4 @@ def convert(qmodel: PreparedModel) -> IntegerModel:
         StateError: A tensor was not calibrated; it is named.
         ExportError: A weight or bias cannot be expressed in integers; the operator is named.
     """
-    return IntegerModel(lower(qmodel)).eval()
+    return IntegerModel(lower(qmodel))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from qat.encoding import Encoding
 from qat.integer import floats
 from qat.integer.kernels import elementwise, layer_norm, layout, linear, normalize, pool, resize, table
+from qat.integer.kernels.accumulate import Plan, plan_conv, plan_linear
 from qat.integer.kernels.qparams import QParams
 from qat.integer.kernels.requantize import dequantize, quantize, requantize_codes
 from qat.scheme import int_type
@@ -25,10 +26,12 @@ class Operand:
     Attributes:
         value: Codes, or floats where there is no encoding.
         encoding: How codes are read.
+        prepared: What operators have made of a constant once and use again, by the operator's own key.
     """
 
     value: Tensor
     encoding: Encoding | None
+    prepared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def params(self) -> QParams:
@@ -51,25 +54,34 @@ def _sides(padding: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
     return tuple(begin for begin, _ in padding) + tuple(end for _, end in padding)
 
 
-def _weight(operand: Operand, axis: int) -> tuple[Tensor, Tensor]:
-    """Return codes with the zero point subtracted, and the scale: () or (channels,)."""
-    encoding = operand.encoding
+def _planned(weight: Operand, x: QParams, kind: str, groups: int = 1) -> tuple[Plan, Tensor]:
+    """Return the weight prepared for an input, made once, and its scale: () or (channels,)."""
+    encoding, largest = weight.encoding, linear.largest(x)
     assert encoding is not None
-    zero = encoding.zero_point_tensor.to(operand.value.device)
-    if zero.dim():
-        shape = [-1 if d == axis else 1 for d in range(operand.value.dim())]
-        zero = zero.reshape(shape)
-    return operand.value.to(torch.int32) - zero, encoding.scale_tensor.to(operand.value.device)
+    key = (kind, groups, largest)
+    if key not in weight.prepared:
+        zero = encoding.zero_point_tensor.to(weight.value.device)
+        if zero.dim():
+            axis = 1 if kind == "conv_transpose" else 0
+            zero = zero.reshape([-1 if d == axis else 1 for d in range(weight.value.dim())])
+        centred = weight.value.to(torch.int32) - zero
+        if kind == "linear":
+            plan = plan_linear(centred, largest)
+        else:
+            plan = plan_conv(centred, largest, groups, transposed=kind == "conv_transpose")
+        weight.prepared[key] = plan, encoding.scale_tensor.to(weight.value.device)
+    found: tuple[Plan, Tensor] = weight.prepared[key]
+    return found
 
 
 def _conv(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
     x, weight, bias = inputs
     assert x is not None
     assert weight is not None
-    codes, scale = _weight(weight, 0)
+    plan, scale = _planned(weight, x.params, "conv", attrs["groups"])
     return linear.conv(
-        x.value, x.params, codes, scale, None if bias is None else bias.value, qparams(y),
-        attrs["stride"], _sides(attrs["padding"]), attrs["dilation"], attrs["groups"],
+        x.value, x.params, weight.value, scale, None if bias is None else bias.value, qparams(y),
+        attrs["stride"], _sides(attrs["padding"]), attrs["dilation"], attrs["groups"], plan=plan,
     )  # fmt: skip
 
 
@@ -77,10 +89,11 @@ def _conv_transpose(attrs: Mapping[str, Any], inputs: list[Operand | None], y: E
     x, weight, bias = inputs
     assert x is not None
     assert weight is not None
-    codes, scale = _weight(weight, 1)
+    plan, scale = _planned(weight, x.params, "conv_transpose", attrs["groups"])
     return linear.conv_transpose(
-        x.value, x.params, codes, scale, None if bias is None else bias.value, qparams(y),
+        x.value, x.params, weight.value, scale, None if bias is None else bias.value, qparams(y),
         attrs["stride"], _sides(attrs["padding"]), attrs["output_padding"], attrs["dilation"], attrs["groups"],
+        plan=plan,
     )  # fmt: skip
 
 
@@ -95,8 +108,8 @@ def _linear(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding)
         if bias is not None and bias.encoding is not None:
             real = real + bias.encoding.dequantize(bias.value)
         return quantize(real, qparams(y))
-    codes, scale = _weight(weight, 0)
-    return linear.linear(x.value, x.params, codes, scale, bias_codes, qparams(y))
+    plan, scale = _planned(weight, x.params, "linear")
+    return linear.linear(x.value, x.params, weight.value, scale, bias_codes, qparams(y), plan)
 
 
 def _binary(run: Callable[..., Tensor]) -> CodeOperator:

@@ -10,8 +10,9 @@ meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -40,6 +41,65 @@ def _ieee_float() -> Iterator[None]:
 
 def _largest(x: Tensor) -> int:
     return int(x.abs().max()) if x.numel() else 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a product with a fixed weight is computed exactly; made once, used for every input.
+
+    Attributes:
+        parts: Ranges of the reduced axis with the weight there, in the type that adds it exactly. One part is the
+            whole.
+        bound: Largest magnitude that an accumulator can reach.
+    """
+
+    parts: tuple[tuple[int, int, Tensor], ...]
+    bound: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the arithmetic."""
+        return self.parts[0][2].dtype
+
+
+def _plan(w: Tensor, axis: int, sums: Tensor, largest: int, divisible: bool) -> Plan:
+    """Plan the reduction over `axis` of `w`; `sums` is float64, shape (outputs, reduced): sums of |w|."""
+    bound = (int(sums.sum(1).max()) if sums.numel() else 0) * largest
+    if bound >= _FLOAT64_EXACT:
+        raise ExportError(f"an accumulator may reach {bound}, beyond exact float64", "use narrower codes")
+    length = w.shape[axis]
+    if bound < _FLOAT32_EXACT:
+        return Plan(((0, length, w.to(torch.float32)),), bound)
+    cuts = _parts(sums, largest) if divisible else None
+    if cuts is None:
+        return Plan(((0, length, w.double()),), bound)
+    return Plan(tuple((i, j, w.narrow(axis, i, j - i).to(torch.float32)) for i, j in pairwise(cuts)), bound)
+
+
+def plan_conv(w: Tensor, largest: int, groups: int = 1, transposed: bool = False) -> Plan:
+    """Plan a convolution.
+
+    Args:
+        w: Integer weights with the zero point already subtracted, laid out as for `conv_accumulate`.
+        largest: Largest |code - zero point| of the activation.
+        groups: Number of groups.
+        transposed: Transposed convolution.
+
+    Raises:
+        ExportError: Operands so large that float64 is not exact.
+    """
+    magnitude = w.abs().double()
+    if transposed:
+        per_input = magnitude.flatten(2).sum(2).reshape(groups, w.shape[0] // groups, w.shape[1])
+        sums = per_input.transpose(1, 2).flatten(0, 1)
+    else:
+        sums = magnitude.flatten(2).sum(2)
+    return _plan(w, 0 if transposed else 1, sums, largest, groups == 1)
+
+
+def plan_linear(w: Tensor, largest: int) -> Plan:
+    """Plan `x @ w.T`; arguments and errors as for `plan_conv`, `w` of shape (N, K)."""
+    return _plan(w, 1, w.abs().double(), largest, True)
 
 
 def _as_integer(acc: Tensor, bound: int) -> Tensor:
@@ -109,6 +169,7 @@ def conv_accumulate(
     transposed: bool = False,
     output_padding: int | Sequence[int] = 0,
     w_zero_point: int = 0,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Exact `conv(x - x_zero_point, w - w_zero_point)` in 1, 2 or 3 dimensions; padding contributes zero.
 
@@ -125,6 +186,8 @@ def conv_accumulate(
         transposed: Transposed convolution.
         output_padding: Extra size at the end of each dimension of a transposed convolution.
         w_zero_point: Zero point of `w_codes`.
+        plan: What `plan_conv` gave for this weight and for any activation at least as large; else it is made here,
+            for the codes at hand.
 
     Returns:
         int32 accumulators, or int64 where the bound of the actual operands exceeds 2**31; shape (N, C_out,
@@ -135,40 +198,51 @@ def conv_accumulate(
         ExportError: Operands so large that float64 is not exact.
     """
     dims = x_codes.dim() - 2
-    x = x_codes.to(torch.int32) - x_zero_point
-    w = w_codes.to(torch.int32) - w_zero_point
     strides, dilations = _spatial(stride, dims, "stride"), _spatial(dilation, dims, "dilation")
     extra = _spatial(output_padding, dims, "output padding")
-    magnitude = w.abs().double()
-    if transposed:
-        per_input = magnitude.flatten(2).sum(2).reshape(groups, w.shape[0] // groups, w.shape[1])
-        sums = per_input.transpose(1, 2).flatten(0, 1)
-    else:
-        sums = magnitude.flatten(2).sum(2)
+    x = _centred(x_codes, x_zero_point)
+    if plan is None:
+        plan = plan_conv(w_codes.to(torch.int32) - w_zero_point, _largest(x), groups, transposed)
+    x = x.to(plan.dtype)
+    shared = _same_on_both_sides(padding, dims)
+    inside: int | tuple[int, ...] = 0 if shared is None else shared
+    if not transposed and shared is None:
         x = pad_spatial(x, padding)
-    largest = _largest(x)
-    bound = (int(sums.sum(1).max()) if sums.numel() else 0) * largest
-    if bound >= _FLOAT64_EXACT:
-        raise ExportError(f"an accumulator may reach {bound}, beyond exact float64", "use narrower codes")
 
-    def run(x_part: Tensor, w_part: Tensor, dtype: torch.dtype) -> Tensor:
+    def run(x_part: Tensor, w_part: Tensor) -> Tensor:
         if transposed:
-            return _conv_transpose(x_part.to(dtype), w_part.to(dtype), strides, padding, extra, groups, dilations)
+            return _conv_transpose(x_part, w_part, strides, padding, extra, groups, dilations)
         conv = (functional.conv1d, functional.conv2d, functional.conv3d)[dims - 1]
-        return conv(x_part.to(dtype), w_part.to(dtype), None, strides, 0, dilations, groups)
+        return conv(x_part, w_part, None, strides, inside, dilations, groups)
 
     with _ieee_float():
-        if bound < _FLOAT32_EXACT:
-            return _as_integer(run(x, w, torch.float32), bound)
-        cuts = _parts(sums, largest) if groups == 1 else None
-        if cuts is None:
-            return _as_integer(run(x, w, torch.float64), bound)
-        axis = 0 if transposed else 1
-        parts = (_as_integer(run(x[:, i:j], w.narrow(axis, i, j - i), torch.float32), bound) for i, j in pairwise(cuts))
-        total = next(parts)
-        for part in parts:
-            total += part
-        return total
+        return _total((run(x[:, i:j] if len(plan.parts) > 1 else x, w) for i, j, w in plan.parts), plan.bound)
+
+
+def _centred(codes: Tensor, zero_point: int) -> Tensor:
+    """`codes - zero_point` in float32, which is exact for 24 bits."""
+    x = codes.to(torch.float32, copy=True)
+    return x.sub_(zero_point) if zero_point else x
+
+
+def _total(parts: Iterable[Tensor], bound: int) -> Tensor:
+    """The sum of partial results, in integers."""
+    total: Tensor | None = None
+    for part in parts:
+        whole = _as_integer(part, bound)
+        total = whole if total is None else total.add_(whole)
+    assert total is not None
+    return total
+
+
+def _same_on_both_sides(padding: int | Sequence[int], dims: int) -> int | tuple[int, ...] | None:
+    """The padding as PyTorch's convolutions take it, or None where begin and end differ."""
+    if isinstance(padding, int):
+        return padding
+    values = tuple(padding)
+    if len(values) == 2 * dims:
+        return values[:dims] if values[:dims] == values[dims:] else None
+    return values if len(values) == dims else None
 
 
 def _conv_transpose(
@@ -192,6 +266,22 @@ def _conv_transpose(
     return functional.pad(y, flat)
 
 
+def linear_accumulate(x_codes: Tensor, x_zero_point: int, plan: Plan) -> Tensor:
+    """Exact `(x - x_zero_point) @ w.T` for the weight that was planned by `plan_linear`.
+
+    Args:
+        x_codes: Integer, shape (*, K).
+        x_zero_point: Zero point of `x_codes`.
+        plan: The weight, planned for activations at least as large.
+
+    Returns:
+        int32, or int64 where the bound exceeds 2**31; shape (*, N).
+    """
+    x = _centred(x_codes, x_zero_point).to(plan.dtype)
+    with _ieee_float():
+        return _total((functional.linear(x[..., i:j], w) for i, j, w in plan.parts), plan.bound)
+
+
 def matmul_accumulate(a: Tensor, a_zero_point: int, b: Tensor, b_zero_point: int) -> Tensor:
     """Exact `(a - a_zero_point) @ (b - b_zero_point)` with any batch dimensions, which broadcast.
 
@@ -207,33 +297,18 @@ def matmul_accumulate(a: Tensor, a_zero_point: int, b: Tensor, b_zero_point: int
     Raises:
         ExportError: Operands so large that float64 is not exact.
     """
-    left = a.to(torch.int32) - a_zero_point
-    right = b.to(torch.int32) - b_zero_point
+    left, right = _centred(a, a_zero_point), _centred(b, b_zero_point)
     depth = left.shape[-1]
     largest = _largest(left)
+    quick = depth * largest * _largest(right)
+    if quick < _FLOAT32_EXACT:
+        with _ieee_float():
+            return _as_integer(left @ right, quick)
     # columns of every batch as rows: the parts must suit them all
-    sums = (
-        right.abs().double().transpose(-1, -2).reshape(-1, depth)
-        if right.numel()
-        else right.new_zeros((1, depth)).double()
-    )
-    bound = (int(sums.sum(1).max()) if depth else 0) * largest
-    if bound >= _FLOAT64_EXACT:
-        raise ExportError(f"an accumulator may reach {bound}, beyond exact float64", "use narrower codes")
+    sums = right.abs().double().transpose(-1, -2).reshape(-1, depth)
+    plan = _plan(right, right.dim() - 2 if right.dim() > 1 else 0, sums, largest, True)
     with _ieee_float():
-        if bound < _FLOAT32_EXACT:
-            return _as_integer(left.to(torch.float32) @ right.to(torch.float32), bound)
-        cuts = _parts(sums, largest)
-        if cuts is None:
-            return _as_integer(left.double() @ right.double(), bound)
-        parts = (
-            _as_integer(left[..., i:j].to(torch.float32) @ right[..., i:j, :].to(torch.float32), bound)
-            for i, j in pairwise(cuts)
-        )
-        total = next(parts)
-        for part in parts:
-            total += part
-        return total
+        return _total((left[..., i:j].to(plan.dtype) @ w for i, j, w in plan.parts), plan.bound)
 
 
 def accumulator_bound(

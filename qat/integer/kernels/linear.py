@@ -13,9 +13,20 @@ import torch
 from torch import Tensor
 
 from qat.encoding import Encoding
-from qat.integer.kernels.accumulate import conv_accumulate, matmul_accumulate
+from qat.integer.kernels.accumulate import (
+    Plan,
+    conv_accumulate,
+    linear_accumulate,
+    matmul_accumulate,
+    plan_linear,
+)
 from qat.integer.kernels.qparams import QParams
 from qat.integer.kernels.requantize import multiplier, requantize, requantize_wide
+
+
+def largest(x: QParams) -> int:
+    """Largest |code - zero point| of an activation: what weights are planned for."""
+    return max(x.qmax - x.zero_point, x.zero_point - x.qmin)
 
 
 def _finish(
@@ -31,7 +42,7 @@ def _finish(
         axis %= acc.dim()
         shape = [-1 if d == axis else 1 for d in range(acc.dim())]
         # the sum may leave int32 only where the runtime's would too; that is excluded at export
-        acc = acc + bias_codes.to(acc.device).reshape(shape)
+        acc = acc.add_(bias_codes.to(acc.device).reshape(shape))
     if in_float:
         return requantize_wide(acc, x.scale, w_scale, y, axis)
     return requantize(acc, multiplier(x.scale, w_scale, y.scale), y, axis)
@@ -49,6 +60,7 @@ def conv(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     w_zero_point: int = 0,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Quantized convolution in 1, 2 or 3 dimensions (QLinearConv).
 
@@ -64,11 +76,14 @@ def conv(
         dilation: One value or one per dimension.
         groups: Number of groups.
         w_zero_point: Zero point of the weight.
+        plan: The weight prepared by `plan_conv`, see `largest`.
 
     Returns:
         int32 codes, shape (N, C_out, *spatial).
     """
-    acc = conv_accumulate(x_codes, x.zero_point, w_codes, stride, padding, dilation, groups, w_zero_point=w_zero_point)
+    acc = conv_accumulate(
+        x_codes, x.zero_point, w_codes, stride, padding, dilation, groups, w_zero_point=w_zero_point, plan=plan
+    )
     return _finish(acc, bias_codes, x, w_scale, y, 1, x.wide or y.wide)
 
 
@@ -85,6 +100,7 @@ def conv_transpose(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     in_float: bool = True,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Quantized transposed convolution.
 
@@ -105,6 +121,7 @@ def conv_transpose(
         dilation: One value or one per dimension.
         groups: Number of groups.
         in_float: The exported node is a ConvTranspose.
+        plan: The weight prepared by `plan_conv`, see `largest`.
 
     Returns:
         int32 codes, shape (N, C_out, *spatial).
@@ -119,6 +136,7 @@ def conv_transpose(
         groups,
         transposed=True,
         output_padding=output_padding,
+        plan=plan,
     )
     return _finish(acc, bias_codes, x, w_scale, y, 1, in_float or x.wide or y.wide)
 
@@ -130,6 +148,7 @@ def linear(
     w_scale: float | Tensor,
     bias_codes: Tensor | None,
     y: QParams,
+    plan: Plan | None = None,
 ) -> Tensor:
     """Quantized fully connected layer (QGemm; Reshape, Gemm, Reshape for more than two dimensions).
 
@@ -140,11 +159,12 @@ def linear(
         w_scale: Scale of the weight: one, or float32 of shape (N,).
         bias_codes: int32 of shape (N,) with scale `x.scale * w_scale`, or None.
         y: Parameters of the result.
+        plan: The weight prepared by `plan_linear`, see `largest`.
 
     Returns:
         int32 codes, shape (*, N).
     """
-    acc = matmul_accumulate(x_codes, x.zero_point, w_codes.t(), 0)
+    acc = linear_accumulate(x_codes, x.zero_point, plan or plan_linear(w_codes.to(torch.int32), largest(x)))
     return _finish(acc, bias_codes, x, w_scale, y, -1, x.wide or y.wide)
 
 

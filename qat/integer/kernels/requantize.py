@@ -23,14 +23,15 @@ def quantize(x: Tensor, q: QParams) -> Tensor:
     Returns:
         int32 codes, shape of `x`.
     """
+    # in place from here on: fresh memory costs more than the arithmetic
     steps = x.to(torch.float32) / float32_scalar(q.scale, x)
-    steps = torch.nan_to_num(steps, nan=float(q.qmin - q.zero_point), posinf=torch.inf, neginf=-torch.inf)
-    return (torch.clamp(steps, q.qmin - q.zero_point, q.qmax - q.zero_point).round() + q.zero_point).to(torch.int32)
+    torch.nan_to_num_(steps, nan=float(q.qmin - q.zero_point), posinf=torch.inf, neginf=-torch.inf)
+    return steps.clamp_(q.qmin - q.zero_point, q.qmax - q.zero_point).round_().add_(q.zero_point).to(torch.int32)
 
 
 def dequantize(codes: Tensor, q: QParams) -> Tensor:
     """DequantizeLinear: `scale * (code - zero_point)` in float32, shape of `codes`."""
-    return (codes.to(torch.int32) - q.zero_point).to(torch.float32) * float32_scalar(q.scale, codes)
+    return (codes.to(torch.int32) - q.zero_point).to(torch.float32).mul_(float32_scalar(q.scale, codes))
 
 
 def multiplier(a_scale: float | Tensor, b_scale: float | Tensor, y_scale: float) -> Tensor:
@@ -69,8 +70,8 @@ def requantize(acc: Tensor, scale: Tensor, q: QParams, channel_axis: int | None 
     if factor.dim() == 1 and channel_axis is not None:
         axis = channel_axis % acc.dim()
         factor = factor.reshape([-1 if d == axis else 1 for d in range(acc.dim())])
-    steps = torch.clamp(acc.to(torch.float32) * factor, q.qmin - q.zero_point, q.qmax - q.zero_point)
-    return (steps.round() + q.zero_point).to(torch.int32)
+    steps = acc.to(torch.float32, copy=True).mul_(factor)
+    return steps.clamp_(q.qmin - q.zero_point, q.qmax - q.zero_point).round_().add_(q.zero_point).to(torch.int32)
 
 
 def requantize_wide(acc: Tensor, a_scale: float, b_scale: float | Tensor, q: QParams, channel_axis: int) -> Tensor:
