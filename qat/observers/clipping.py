@@ -86,7 +86,7 @@ def least_squares_range(
     """Return the clip range of each channel with the least expected squared error.
 
     Args:
-        negative: Counts of negative elements by growing magnitude, (C, H), int64.
+        negative: Counts of negative elements by growing magnitude, (C, H), int64, or float64 where they are weighted.
         positive: Counts of the others, likewise.
         edges: Edges of the bins of magnitude, (H + 1,), float64, starting with 0.
         low: Smallest elements, (C,), float64, finite.

@@ -92,12 +92,13 @@ def _range(observer: Observer, rows: Tensor, scheme: Scheme) -> tuple[Tensor, Te
     if not observer.minimises_error:
         return low, high
     least, most = (bound.reshape(-1).to(torch.float64) for bound in (observer.min_val, observer.max_val))
-    better = _squared_error(rows, low, high, scheme) < _squared_error(rows, least, most, scheme)
+    weight = float(observer.options["negative_weight"])
+    better = _squared_error(rows, low, high, scheme, weight) < _squared_error(rows, least, most, scheme, weight)
     return torch.where(better, low, least), torch.where(better, high, most)
 
 
-def _squared_error(rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> Tensor:
-    """Return the squared quantization error of each row, (R,), float64."""
+def _squared_error(rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme, negative_weight: float) -> Tensor:
+    """Return the squared quantization error of each row, (R,), float64, that of negative elements weighted."""
     scale, zero_point = numerics.range_to_scale(low, high, scheme)
     error = torch.zeros_like(low)
     step = max(1, _ELEMENTS_AT_ONCE // len(rows))
@@ -105,5 +106,6 @@ def _squared_error(rows: Tensor, low: Tensor, high: Tensor, scheme: Scheme) -> T
         part = rows[:, at : at + step].to(torch.float32)
         codes = numerics.quantize(part, scale, zero_point, *scheme.code_range, _BY_ROW)
         restored = numerics.dequantize(codes, scale, zero_point, _BY_ROW)
-        error += (restored.to(torch.float64) - part.to(torch.float64)).square().sum(1)
+        squares = (restored.to(torch.float64) - part.to(torch.float64)).square()
+        error += torch.where(part < 0, negative_weight * squares, squares).sum(1)
     return error

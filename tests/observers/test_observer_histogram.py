@@ -7,6 +7,7 @@ import torch
 
 from qat import numerics
 from qat.observers import make_observer
+from qat.observers.weights import weight_range
 from qat.scheme import PER_TENSOR, Granularity, ObserverSpec, Scheme
 
 SPEC = ObserverSpec("histogram")
@@ -159,3 +160,47 @@ def test_by_channel_equals_each_channel_alone(scheme):
         )
         assert float(near[0]) == pytest.approx(float(near[1]), rel=0.03)
         assert float(near[0]) <= 1.01 * float(error(x[:, channel], *(v[None] for v in x[:, channel].aminmax()), scheme))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "laplace", "bimodal", "outlier"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint4"])
+def test_negative_weight_minimises_the_error_after_a_leaky_relu(kind, dtype):
+    slope = 0.1
+    x = samples(kind)
+    # negative values reach further, as before an activation
+    x = torch.where(x < 0, 3 * x, x)
+    weighted = Scheme(dtype, observer=ObserverSpec("histogram", {"negative_weight": slope**2}))
+
+    def error_after(low, high):
+        scale, zero_point = numerics.range_to_scale(low, high, weighted)
+        codes = numerics.quantize(x, scale, zero_point, *weighted.code_range)
+        restored = numerics.dequantize(codes, scale, zero_point)
+        leaky = torch.nn.functional.leaky_relu
+        return float((leaky(restored, slope).double() - leaky(x, slope).double()).square().mean())
+
+    low, high = observed(x, weighted)
+    mine = error_after(low, high)
+    least, most = float(x.min()), float(x.max())
+    candidates = [(a, b) for a in torch.linspace(0, 1, 60).tolist() for b in torch.linspace(0, 1, 61)[1:].tolist()]
+    best = min(error_after(torch.tensor(a * least), torch.tensor(b * most)) for a, b in candidates)
+    assert mine <= 1.02 * best
+    # and it is another range than the one that is best before the leaky ReLU
+    assert mine < error_after(*observed(x, Scheme(dtype, observer=SPEC)))
+
+
+def test_negative_weight_zero_is_a_range_for_a_relu():
+    x = samples("gaussian")
+    low, high = observed(x, Scheme("uint8", observer=ObserverSpec("histogram", {"negative_weight": 0.0})))
+    # no code is spent on what the ReLU takes away
+    assert int(numerics.range_to_scale(low, high, AFFINE8)[1]) == 0
+    alone = observed(x.relu(), AFFINE8)
+    torch.testing.assert_close(high, alone[1], rtol=0.02, atol=0)
+
+
+def test_negative_weight_holds_for_tensors_at_hand():
+    x = torch.where(samples("laplace") < 0, 4 * samples("laplace"), samples("laplace")).reshape(4, -1)
+    scheme = Scheme("uint4", granularity=Granularity("per_channel", axis=0))
+    plain = weight_range(x, scheme.with_(observer=SPEC), "w")
+    weighted = weight_range(x, scheme.with_(observer=ObserverSpec("histogram", {"negative_weight": 0.01})), "w")
+    assert bool((weighted[0] > plain[0]).all())
+    assert bool((weighted[1] > plain[1]).all())
