@@ -126,17 +126,32 @@ class IntegerModel(nn.Module):
         return value.to(info.dtype)
 
     def _batch(self, inputs: dict[str, Tensor]) -> int:
+        batch, first = 1, ""
         for name, value in inputs.items():
-            for want, have in zip(self.program.tensors[name].shape, value.shape, strict=True):
-                if want < 0:
-                    return have // -want
-        return 1
+            info = self.program.tensors[name]
+            for want, have in zip(info.shape, value.shape, strict=True):
+                if want >= 0:
+                    continue
+                if have % -want or (first and have // -want != batch):
+                    raise DataError(
+                        f"the input {info.public_name!r} has {have} rows, {-want} a sample"
+                        + (f", and {first!r} has {batch} samples" if first else ""),
+                        "give batches of one size",
+                    )
+                batch, first = have // -want, first or info.public_name
+        return batch
 
     @torch.no_grad()
     def _execute(self, inputs: dict[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
         values: dict[str, Tensor] = dict(inputs)
-        collected = {name: value for name, value in values.items() if name in wanted}
         batch = self._batch(inputs)
+        device = next((value.device.type for value in inputs.values()), "cpu")
+        # autocast would round the operands of exact sums to bfloat16
+        with torch.autocast(device, enabled=False):
+            return self._collect(values, wanted, batch)
+
+    def _collect(self, values: dict[str, Tensor], wanted: frozenset[str], batch: int) -> dict[str, Tensor]:
+        collected = {name: value for name, value in values.items() if name in wanted}
         for position, op in enumerate(self.program.ops):
             for name, value in zip(op.outputs, self._run_op(op, values, batch), strict=True):
                 values[name] = value
