@@ -112,7 +112,6 @@ class TensorPart(Part):
     dtype: Literal["int4", "uint4", "int8", "uint8", "int16", "uint16"] | None = None
     symmetric: bool | None = None
     granularity: Literal["per_tensor", "per_channel", "per_group"] | None = None
-    axis: int | None = None
     group_size: Positive | None = None
     observer: Annotated[ObserverPart | None, _NAME_SHORT[0], _NAME_SHORT[1]] = None
     quantizer: str | None = None
