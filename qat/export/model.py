@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qat.errors import StateError
+from qat.errors import ExportError, StateError
 from qat.export.verify import ExportResult, Level, export_program
 from qat.graph.batches import model_inputs
 from qat.graph.prepared import PreparedModel
@@ -64,6 +64,8 @@ def export_onnx(
     imodel = convert(qmodel)
     if qmodel.plan.batch_size is not None:
         dynamic_batch, batch_size = False, qmodel.plan.batch_size
+    if batch_size < 1:
+        raise ExportError(f"batch size {batch_size} is not positive", "use at least 1")
     batches: list[tuple[Tensor, ...]] = []
     if verify:
         given = [qmodel.samples] if samples is None and qmodel.samples else samples
@@ -71,7 +73,7 @@ def export_onnx(
             raise StateError("there are no samples to verify the export on", "give samples, or calibrate first")
         batches = [tuple(x.cpu() for x in model_inputs(qmodel, batch)) for batch in given]
         if not dynamic_batch:
-            batches = [part for batch in batches for part in _split(batch, batch_size)]
+            batches = [part for batch in batches for part in _split(qmodel, batch, batch_size)]
     return export_program(
         imodel.program,
         path,
@@ -88,7 +90,21 @@ def export_onnx(
     )
 
 
-def _split(batch: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
-    """Cut a batch into whole batches of a fixed size."""
-    count = len(batch[0]) // size
-    return [tuple(x[i * size : (i + 1) * size] for x in batch) for i in range(count)]
+def _split(qmodel: PreparedModel, batch: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
+    """Cut a batch into batches of a fixed size, the last one filled up with samples from the beginning."""
+    rows = [qmodel.opgraph.shapes[name][:1] for name in qmodel.opgraph.inputs]
+    # rows that one sample takes of each input; 0 for an input that has no batch
+    each = [-row[0] if row and row[0] < 0 else 0 for row in rows]
+    if not any(each):
+        return [batch]
+    count = max(len(x) // k for x, k in zip(batch, each, strict=True) if k)
+    parts = []
+    for start in range(0, count, size):
+        picked = torch.arange(start, start + size) % count
+        parts.append(
+            tuple(
+                x.reshape(-1, k, *x.shape[1:])[picked].flatten(0, 1) if k else x
+                for x, k in zip(batch, each, strict=True)
+            )
+        )
+    return parts

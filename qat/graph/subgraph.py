@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def cut(
         values: Tensor names by node (see `node_values`).
 
     Returns:
-        The function, and the names of its tensor arguments. Arithmetic on sizes that the node needs is computed inside,
-        from these tensors.
+        The function, a module with its own copy of the weights, and the names of its tensor arguments. Arithmetic on
+        sizes that the node needs is computed inside, from these tensors.
     """
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
@@ -63,9 +64,10 @@ def cut(
     for source in _tensor_leaves(node, values):
         copy(source)
     graph.output(copy(node))
-    module = fx.GraphModule(prepared, graph)
+    # its modules are the user's, which may train on
+    module = deepcopy(fx.GraphModule(prepared, graph))
     module.eval()
-    return module, tuple(names)
+    return module.requires_grad_(False), tuple(names)
 
 
 def _tensor_leaves(node: fx.Node, values: Mapping[fx.Node, str]) -> list[fx.Node]:

@@ -128,7 +128,8 @@ class _Lowering:
         self.ops.append(Op(kind, name, inputs, (output,), dict(attrs or {}), None, macs))
 
     def _constant(self, name: str, value: Tensor, encoding: Encoding | None) -> str:
-        self.constants[name] = Constant(name, value, encoding)
+        # a float may be the user's parameter itself, which training goes on to change
+        self.constants[name] = Constant(name, value.detach().clone() if encoding is None else value, encoding)
         return name
 
     def codes(self, name: str) -> str:
