@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -61,7 +62,9 @@ def export_onnx(
         VerificationError: The runtime's result differs by more than the bounds.
         OutputError: The file cannot be written.
     """
-    imodel = convert(qmodel)
+    imodel = convert(qmodel).to(torch.device("cpu"))
+    # the program keeps the constants as they were made, which is where the model is
+    constants = {name: replace(c, value=c.value.cpu()) for name, c in imodel.program.constants.items()}
     if qmodel.plan.batch_size is not None:
         dynamic_batch, batch_size = False, qmodel.plan.batch_size
     if batch_size < 1:
@@ -75,10 +78,10 @@ def export_onnx(
         if not dynamic_batch:
             batches = [part for batch in batches for part in _split(qmodel, batch, batch_size)]
     return export_program(
-        imodel.program,
+        replace(imodel.program, constants=constants),
         path,
         batches,
-        execute(imodel.to(torch.device("cpu"))),
+        execute(imodel),
         bound=bound,
         unequal_share=unequal_share,
         verify=verify,
