@@ -3,8 +3,7 @@
     python benchmarks/torchvision_networks.py [--images DIR] [--samples 32] [--json FILE] [NETWORK ...]
 
 Weights are random (seeded), batch norm statistics come from the images, so this measures coverage and exactness and not
-accuracy. Images: a folder with JPEG files anywhere below it (default: `imagenet-sample/calib` in the folder that QAT_DATA
-names).
+accuracy. Images: a folder with JPEG files anywhere below it (default: `imagenet-sample/calib` below QAT_DATA).
 """
 
 from __future__ import annotations
@@ -68,6 +67,10 @@ def build(name: str, images: Tensor) -> nn.Module:
         with torch.no_grad():
             for batch in images.split(16):
                 model(batch)
+    for module in model.modules():
+        # some heads start at zero (ViT): their codes would all be equal, which proves nothing
+        if isinstance(module, nn.Linear) and not bool(module.weight.any()):
+            nn.init.trunc_normal_(module.weight, std=0.02)
     return model.eval()
 
 
