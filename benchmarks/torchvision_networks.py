@@ -82,9 +82,9 @@ def measure(name: str, images: Tensor, samples: int, folder: Path, level: str) -
     prepared = qat.prepare(model, images[:2], target=target)
     qat.calibrate(prepared, images.split(8), progress=False)
     seconds_ready = time.perf_counter() - start
-    held_out = images[-samples:].split(8)
+    compared = images[-samples:].split(8)
     result = qat.export_onnx(
-        prepared, folder / f"{name}.onnx", samples=held_out, verify=level, bound=255.0, unequal_share=None
+        prepared, folder / f"{name}.onnx", samples=compared, verify=level, bound=255.0, unequal_share=None
     )
     assert result.verification is not None
     output = result.verification.tensors[0]
