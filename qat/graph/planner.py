@@ -11,6 +11,7 @@ from qat.errors import PlanError, SchemeError
 from qat.graph.operators import ParamRef
 from qat.graph.opgraph import GraphOp, OpGraph
 from qat.graph.plan import Plan, PlanEntry
+from qat.graph.ranges import place_ranges
 from qat.observers import check_observer
 from qat.scheme import Granularity, Scheme
 from qat.schemes import Schemes
@@ -266,7 +267,7 @@ class _Planner:
             weight = self._weight_entry(fusion)
             if weight is not None and weight.name not in entries:
                 entries[weight.name] = weight
-        return self._tie(entries)
+        return place_ranges(self.graph, self._tie(entries), self.target.activations.observer)
 
     def _leaf(self, name: str, role: Literal["input", "parameter"]) -> PlanEntry:
         if name not in self.wanted or name not in self.graph.shapes:

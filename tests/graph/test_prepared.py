@@ -518,7 +518,7 @@ def test_nothing_is_promised_before_calibration(prepared: PreparedModel) -> None
 
 def test_encodings_say_where_they_come_from(calibrated: PreparedModel) -> None:
     table = calibrated.encodings()
-    assert (table["x"].provenance, table["x"].method, table["x"].samples) == ("ptq", "minmax", 64)
+    assert (table["x"].provenance, table["x"].method, table["x"].samples) == ("ptq", "histogram", 64)
     assert table["cat"].provenance == "derived"
     assert "tied to" in table["cat"].method
     assert table["flatten"].provenance == "derived"
