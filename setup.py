@@ -12,6 +12,8 @@ import os
 import platform
 import shlex
 import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +51,36 @@ class NativeBuild(build_ext):
     def _build(self, ext: Extension) -> None:
         from torch.utils import cpp_extension
 
-        objects = []
-        for source in ext.sources:
+        newest_header = max(Path(header).stat().st_mtime for header in [*ext.depends, __file__])
+        flags = shlex.split(os.environ.get("QAT_NATIVE_CXXFLAGS", ""))
+
+        # objects of other flags, a sanitizer's say, are not to be reused
+        folder = os.path.join(self.build_temp, str(zlib.crc32(repr(flags).encode())))
+
+        def compile_one(source: str) -> list[str]:
             path = Path(source)
-            options = list(COMMON)
+            options = [*COMMON, *flags]
             include: list[str] = []
             if path.parent.name == "torch":
                 include = cpp_extension.include_paths()
                 options.append(f"-DTORCH_TARGET_VERSION={STABLE_ABI}")
             elif platform.machine() in {"x86_64", "AMD64"}:
                 options += KERNEL_OPTIONS.get(path.stem, [])
-            objects += self.compiler.compile(
+            made = self.compiler.object_filenames([source], output_dir=folder)
+            stamps = [Path(name).stat().st_mtime for name in made if Path(name).exists()]
+            if not self.force and stamps and min(stamps) > max(newest_header, path.stat().st_mtime):
+                return made
+            return self.compiler.compile(
                 [source],
-                output_dir=self.build_temp,
+                output_dir=folder,
                 # as system headers, whose warnings are not ours
                 extra_preargs=[word for folder in include for word in ("-isystem", folder)],
-                extra_postargs=options + shlex.split(os.environ.get("QAT_NATIVE_CXXFLAGS", "")),
+                extra_postargs=options,
                 depends=ext.depends,
             )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = [name for made in pool.map(compile_one, ext.sources) for name in made]
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
@@ -84,8 +98,10 @@ def native() -> dict[str, Any]:
         return {}
     extension = Extension(
         "qat.native._C",
-        sources=sorted(map(str, [*CSRC.glob("kernels/*.cpp"), *CSRC.glob("torch/*.cpp")])),
-        depends=sorted(map(str, CSRC.glob("*/*.h"))),
+        sources=sorted(
+            str(path) for folder in ("kernels", "runtime", "torch") for path in CSRC.glob(f"{folder}/**/*.cpp")
+        ),
+        depends=sorted(map(str, CSRC.glob("**/*.h"))),
         language="c++",
         # one file for all versions of Python, which it does not even know
         py_limited_api=True,
