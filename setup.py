@@ -55,7 +55,7 @@ class NativeBuild(build_ext):
         flags = shlex.split(os.environ.get("QAT_NATIVE_CXXFLAGS", ""))
 
         # objects of other flags, a sanitizer's say, are not to be reused
-        folder = os.path.join(self.build_temp, str(zlib.crc32(repr(flags).encode())))
+        folder = str(Path(self.build_temp) / str(zlib.crc32(repr(flags).encode())))
 
         def compile_one(source: str) -> list[str]:
             path = Path(source)
