@@ -36,9 +36,7 @@ class Net(nn.Module):
         self.input = FakeQuantize(Scheme("uint8"), "x")
         self.conv = nn.Conv2d(3, 6, 3, bias=False)
         self.bn = nn.BatchNorm2d(6)
-        self.output = FakeQuantize(
-            Scheme("int8", symmetric=True, granularity=Granularity("per_channel", 1)), "relu", 6
-        )
+        self.output = FakeQuantize(Scheme("int8", symmetric=True, granularity=Granularity("per_channel", 1)), "relu", 6)
         self.head = nn.Linear(6, 2)
         weights = Scheme("int8", symmetric=True, granularity=Granularity("per_channel", 0))
         for name, module, bn in (("conv", self.conv, self.bn), ("head", self.head, None)):

@@ -88,9 +88,7 @@ def test_gradient_is_the_range_mask(case: tuple[Tensor, Tensor, Tensor, int, int
 
 def test_an_infinite_gradient_outside_the_range_does_not_become_nan() -> None:
     x = torch.tensor([100.0, 1.0], requires_grad=True)
-    fake_quantize(x, torch.tensor(0.1), torch.tensor(0), -128, 127).backward(
-        torch.tensor([float("inf"), 2.0])
-    )
+    fake_quantize(x, torch.tensor(0.1), torch.tensor(0), -128, 127).backward(torch.tensor([float("inf"), 2.0]))
     assert x.grad is not None
     assert x.grad.tolist() == [0.0, 2.0]
 
@@ -130,9 +128,7 @@ def test_the_factor_scales_before_and_unscales_after() -> None:
     assert torch.equal(x.grad, ((unclamped >= -4) & (unclamped <= 3)).float())
 
 
-@pytest.mark.parametrize(
-    "granularity", [PER_TENSOR, Granularity("per_channel", 1), Granularity("per_group", 1, 2)]
-)
+@pytest.mark.parametrize("granularity", [PER_TENSOR, Granularity("per_channel", 1), Granularity("per_group", 1, 2)])
 def test_compiled_equals_eager_forward_and_backward(granularity: Granularity) -> None:
     scheme = Scheme("int8", granularity=granularity)
     x = torch.randn(4, 6, generator=torch.Generator().manual_seed(1)) * 2

@@ -109,9 +109,7 @@ def test_another_observers_grid_is_that_of_the_last_refresh() -> None:
 def test_a_loaded_encoding_holds_until_the_next_refresh() -> None:
     linear = nn.Linear(4, 3)
     quantizer = attach(linear, PER_CHANNEL)
-    loaded = Encoding.from_range(
-        -torch.ones(3), torch.ones(3), PER_CHANNEL, provenance="imported", method="m"
-    )
+    loaded = Encoding.from_range(-torch.ones(3), torch.ones(3), PER_CHANNEL, provenance="imported", method="m")
     quantizer.load_encoding(loaded)
     assert quantizer.codes(original(linear))[1] == loaded
     set_phase(linear, QUANTIZE)
@@ -164,9 +162,7 @@ def test_gradient_of_the_weight_is_the_range_mask() -> None:
     conv.weight.backward(upstream)
     factor = quantizer.factor()
     assert factor is not None
-    unclamped = torch.round(
-        original(conv) * factor.reshape(-1, 1, 1, 1) / quantizer.scale.reshape(-1, 1, 1, 1)
-    )
+    unclamped = torch.round(original(conv) * factor.reshape(-1, 1, 1, 1) / quantizer.scale.reshape(-1, 1, 1, 1))
     inside = (unclamped >= -128) & (unclamped <= 127)
     assert not bool(inside.all())
     assert torch.equal(original(conv).grad, torch.where(inside, upstream, 0.0))

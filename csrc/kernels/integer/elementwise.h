@@ -8,9 +8,9 @@
 
 namespace qat {
 
-// The operands are in the order in which ONNX Runtime adds them, which the last bit depends on: it swaps them where the
-// left one is a scalar in its innermost loop (`_left_is_scalar`), and so has whoever wrote the plan, as only the sizes of
-// the logical layout tell.
+// The operands are in the order in which ONNX Runtime adds them, which the last bit depends on: it swaps them where
+// the left one is a scalar in its innermost loop (`_left_is_scalar`), and so has whoever wrote the plan, as only the
+// sizes of the logical layout tell.
 void add(const char* isa, const Threads& threads, const View& a, const View& b, const View& y);
 void sub(const char* isa, const Threads& threads, const View& a, const View& b, const View& y);
 void mul(const char* isa, const Threads& threads, const View& a, const View& b, const View& y);

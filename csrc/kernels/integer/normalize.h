@@ -1,5 +1,5 @@
-// Softmax and layer normalization (qat/integer/kernels/normalize.py, layer_norm.py). See quantize.h for what all operators
-// share.
+// Softmax and layer normalization (qat/integer/kernels/normalize.py, layer_norm.py). See quantize.h for what all
+// operators share.
 #pragma once
 
 #include "view.h"
@@ -17,8 +17,8 @@ SoftmaxTable prepare_softmax(const Grid& x, const Grid& y, int64_t length);
 void softmax(const char* isa, const Threads& threads, const View& x, int32_t axis, const SoftmaxTable* table,
              const View& y);
 
-// Over the last `axes` dimensions; weight and bias have their sizes, or are null. y may be x if their types have as many
-// bytes.
+// Over the last `axes` dimensions; weight and bias have their sizes, or are null. y may be x if their types have as
+// many bytes.
 void layer_norm(const char* isa, const Threads& threads, const View& x, int32_t axes, const float* weight,
                 const float* bias, float epsilon, const View& y);
 

@@ -19,8 +19,8 @@ void quantize(const char* isa, const Threads& threads, const View& x, const View
 // Codes to float32, `perm` likewise.
 void dequantize(const char* isa, const Threads& threads, const View& x, const View& y, const int64_t* perm);
 
-// Codes of x to codes of y of any types, sizes equal; a copy where the grids are equal. y may be x if their types have as
-// many bytes.
+// Codes of x to codes of y of any types and equal sizes; a copy where the grids are equal. y may be x if their types
+// have many bytes.
 void requantize(const char* isa, const Threads& threads, const View& x, const View& y);
 
 }  // namespace qat

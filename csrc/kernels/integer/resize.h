@@ -10,8 +10,8 @@ namespace qat {
 void resize_nearest(const char* isa, const Threads& threads, const View& x, const int32_t* index_h,
                     const int32_t* index_w, const View& y);
 
-// The two neighbours of every index along a dimension of y, and how far it is from the low one, in [0, 1]: `_taps` gives
-// it, and 0.5 where both neighbours are the same.
+// The two neighbours of every index along a dimension of y, and how far it is from the low one, in [0, 1]: `_taps`
+// gives it, and 0.5 where both neighbours are the same.
 struct LinearTaps {
   const int32_t* low;
   const int32_t* high;

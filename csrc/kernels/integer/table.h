@@ -10,7 +10,8 @@ namespace qat {
 // type of y. y may be x if their types have as many bytes.
 void apply_table(const char* isa, const Threads& threads, const View& x, const void* table, const View& y);
 
-// x where it is positive, slope * x elsewhere, with one slope (slopes 1) or one an index of `axis`. y may be x as above.
+// x where it is positive, slope * x elsewhere, with one slope (slopes 1) or one an index of `axis`. y may be x as
+// above.
 void prelu(const char* isa, const Threads& threads, const View& x, const float* slope, int64_t slopes, int32_t axis,
            const View& y);
 
