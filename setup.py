@@ -31,6 +31,9 @@ GCC_12 = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNEL_OPTIONS = {
     "avx2": ["-mavx2"],
     "avx512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), *GCC_12],
+    "int8_avx2": ["-mavx2", "-mfma"],
+    "int8_avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+    "int8_avx512vnni": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "vbmi")), "-mfma", *GCC_12],
 }
 
 

@@ -2,7 +2,8 @@
 // to an accumulator fused: bias, requantization, clamp, addition of a residual, a table.
 //
 // The life of a layer: `prepare_*` once for a shape (packs nothing that depends on data; allocates), `run` any number of
-// times (allocates nothing). Packed weights are shared by all shapes of a layer.
+// times (allocates nothing). Packed weights are shared by all shapes of a layer. Sums of 8-bit products wrap around at 32
+// bits (that they stay inside is proven at export); with more than 8 bits they are exact.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,7 @@ struct Epilogue {
   Grid y{};                       // of the layer's own result
   // Codes of the result to codes of a following function of one tensor: entry i is for code y.qmin + i; 8 bits; or null.
   const uint8_t* table = nullptr;
-  // Addition of a residual of 8 bits to the result, QLinearAdd of qat/integer/kernels/elementwise.py.
+  // Addition of a residual of 8 bits to the result, QLinearAdd of qat/integer/kernels/elementwise.py; not with a table.
   bool add = false;
   bool residual_first = false;  // the residual is the left operand
   Grid residual{};
@@ -61,11 +62,11 @@ class ConvLayer;      // for one shape
 std::shared_ptr<const PackedWeights> pack_weights(const char* isa, const Weights& weights, Type x, bool transposed);
 
 // A fully connected layer over `rows` rows is a 1x1 convolution of shape (1, 1, rows, C).
-std::unique_ptr<ConvLayer> prepare_conv(std::shared_ptr<const PackedWeights> weights, const ConvShape& shape, Type x,
+std::shared_ptr<const ConvLayer> prepare_conv(std::shared_ptr<const PackedWeights> weights, const ConvShape& shape, Type x,
                                         const Grid& x_grid, Type y, const Epilogue& epilogue);
 
 // x (batch, in_h, in_w, C), y (batch, out_h, out_w, O), residual as y or null; y may be residual. `scratch` has
-// conv_scratch(layer, threads) bytes, aligned to 64. Up to 64 bytes behind x may be read (never used).
+// conv_scratch(layer, threads) bytes, aligned to 64. Up to 64 bytes behind x and residual may be read (never used).
 int64_t conv_scratch(const ConvLayer& layer, int32_t threads);
 void run_conv(const ConvLayer& layer, const Threads& threads, const void* x, void* y, const void* residual,
               void* scratch);
@@ -79,7 +80,7 @@ struct MatmulShape {
   const int64_t* b_index;
 };
 int64_t matmul_scratch(const char* isa, const MatmulShape& shape, int32_t threads);
-// multiplier for onnx (not wide): (a_scale * b_scale) / y_scale in float32.
+// Profile onnx; wide where one of the grids is. Up to 64 bytes behind a may be read (never used).
 void run_matmul(const char* isa, const Threads& threads, const MatmulShape& shape, const View& a, const View& b,
                 const View& y, void* scratch);
 

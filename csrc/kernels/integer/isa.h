@@ -1,0 +1,107 @@
+// What one instruction set brings to the 8-bit convolution, matrix and depthwise kernels.
+//
+// A new instruction set is one file with a vector type (see `tile_loops.h` for what it must have) that fills an
+// `Int8Kernels`, one line in `isa.cpp`, and its options in setup.py and csrc/CMakeLists.txt.
+//
+// All of them share the packed formats, whose unit is a group of four bytes of one output channel, for instructions that
+// add the products of four pairs of bytes to a 32-bit lane (vpdpbusd, sdot):
+//   panel of a matrix      [tap][depth / 4][column of the panel][4], at most 4 x 16 columns, padded with zeros
+//   block of a depthwise   [taps / 4][4 vectors][lane][4], 4 x width channels; lane l of vector q is channel
+//                          l / 4 * 16 + q * 4 + l % 4, the order in which unpacking bytes and words interleaves four rows
+#pragma once
+
+#include <cstdint>
+
+namespace qat {
+
+// A 32-bit code v becomes the byte clamp(v + zero, low, high) ^ flip, where the clamp is one of unsigned bytes: signed
+// codes are shifted by 128 (in zero, low and high) and flipped back.
+struct ByteCodes {
+  int16_t zero;
+  uint8_t low, high, flip;
+};
+
+// From accumulators to bytes in profile `onnx`: v = min(float(acc) * multiplier, high), then either round(v) becomes the
+// code or, with a residual,
+//   own = round(max(v, low)) + zero_point; code = round(fma(left, left_ratio, fma(right, right_ratio, fixed)))
+// where own and the residual are the operands in the order of `residual_first`.
+struct ByteEpilogue {
+  const float* multiplier;  // one a column
+  float low, high;          // of the own result, less its zero point
+  ByteCodes codes;
+  bool add;
+  bool residual_first;
+  bool residual_signed;
+  float zero_point;
+  float own_ratio, residual_ratio, fixed;
+  float sum_high;
+};
+
+// Some rows times one panel. Row r, tap t is read at left[t * left_stride + r] + left_offset, `depth` groups of four bytes.
+struct GemmBlock {
+  const uint8_t* const* left;
+  int64_t left_stride;
+  int64_t left_offset;
+  uint8_t left_flip;  // what makes the codes unsigned (or signed, see Int8Kernels::signed_left): 0 or 0x80
+  int32_t rows;
+  int32_t taps;
+  int32_t depth;
+  const int8_t* right;
+  const int32_t* right_taps;  // which tap of the panel belongs to tap t
+  int64_t right_tap_bytes;
+  const int32_t* bias;      // one a column of the panel
+  const int32_t* row_bias;  // one a row, or null
+  int32_t columns;          // that are written, of the units * 16
+  int32_t* raw;             // accumulators (rows, units * 16), or null for codes
+  const ByteEpilogue* epilogue;
+  uint8_t* y;  // first column of row 0
+  int64_t y_stride;
+  const int32_t* y_rows;    // where in y row r goes; null: to row r
+  const uint8_t* residual;  // laid out as y
+};
+
+// Rows of `channels` channels. Row r, tap t is read at left[r * taps + t]; whole blocks are read, so up to 63 bytes too
+// many. `taps` is a multiple of four; taps that are only padding have zero weights, but a pointer that can be read.
+struct DepthwiseBlock {
+  const uint8_t* const* left;
+  uint8_t left_flip;
+  int32_t rows;
+  int32_t taps;
+  int32_t channels;
+  const int8_t* right;
+  const int32_t* bias;  // in the order of the lanes, as the multipliers
+  int32_t* raw;         // accumulators (rows, padded channels) in the order of the channels, or null for codes
+  int64_t raw_stride;
+  const ByteEpilogue* epilogue;
+  uint8_t* y;
+  int64_t y_stride;
+};
+
+constexpr int32_t unit_columns = 16;
+constexpr int32_t max_units = 4;
+
+struct Int8Kernels {
+  const char* isa;
+  // The activation is a signed byte in its products (ARM's sdot) and not an unsigned one (x86's vpdpbusd).
+  bool signed_left;
+  int32_t units;             // widest panel, in units of 16 columns
+  int32_t rows[max_units];   // rows of the register tile of a panel of 1, 2, ... units: where work is best cut
+  int32_t depthwise_block;   // 4 x width
+  void (*gemm)(const GemmBlock& block, int32_t units);
+  void (*depthwise)(const DepthwiseBlock& block);
+  // Bytes (rows, columns) to table[byte], in place.
+  void (*lookup)(const uint8_t* table, uint8_t* y, int64_t rows, int64_t columns, int64_t stride);
+  // `steps` times the multiply-accumulate instruction on registers only, for benchmarks; returns how many products that is.
+  int64_t (*peak)(int64_t steps);
+};
+
+// Null where the build or the processor lacks the instructions.
+const Int8Kernels* int8_avx512vnni();
+const Int8Kernels* int8_avxvnni();
+const Int8Kernels* int8_avx2();
+const Int8Kernels* int8_portable();
+
+// "" is the best; null where it is unknown or cannot run. "avx512" stands for the best below or with 512 bits.
+const Int8Kernels* find_int8_kernels(const char* isa);
+
+}  // namespace qat

@@ -1,0 +1,184 @@
+// The loops of the 8-bit kernels over a vector type V, for the file of one instruction set.
+//
+// V has `width` 32-bit lanes (a multiple of 4, at most 16) and static functions
+//   Int load(const int32_t*), store(int32_t*, Int), set(int32_t), add(Int, Int)
+//   Float load(const float*), set(float), to_float(Int), to_int(Float) (half to even; what is below int32 gives its minimum),
+//   mul, min, max, add(Float, Float), round(Float) (half to even), fma(a, b, c)
+//   Flip flip(uint8_t); Left left(const uint8_t* four, Flip): four activations in every lane
+//   Right right(const int8_t*): 4 * width weights; Int dot(Int, Left, Right)
+//   interleave(const uint8_t* const from[4], int64_t offset, Flip, Left to[4]): 4 * width channels of four rows in the order of
+//   isa.h
+//   Int codes(const uint8_t*, bool is_signed): `width` bytes as integers
+//   store_columns<Units>(uint8_t*, const Int*, const Bytes&, int32_t columns), with Bytes made of ByteCodes
+//   store_interleaved(uint8_t*, const Int[4], const Bytes&, int32_t channels)
+// and `template <int Units> constexpr int rows`, the rows of its tile.
+#pragma once
+
+#include "isa.h"
+
+namespace qat {
+namespace {
+
+template <class V>
+struct Epilogue8 {
+  using Int = typename V::Int;
+  using Float = typename V::Float;
+
+  explicit Epilogue8(const ByteEpilogue& e)
+      : bytes(e.codes),
+        high(V::set(e.high)),
+        low(V::set(e.low)),
+        zero_point(V::set(e.zero_point)),
+        left_ratio(V::set(e.residual_first ? e.residual_ratio : e.own_ratio)),
+        right_ratio(V::set(e.residual_first ? e.own_ratio : e.residual_ratio)),
+        fixed(V::set(e.fixed)),
+        sum_high(V::set(e.sum_high)),
+        residual_first(e.residual_first),
+        residual_signed(e.residual_signed) {}
+
+  Int plain(Int acc, Float multiplier) const {
+    return V::to_int(V::min(V::mul(V::to_float(acc), multiplier), high));
+  }
+
+  Int sum(Int acc, Float multiplier, const uint8_t* residual) const {
+    const Float clamped = V::max(V::min(V::mul(V::to_float(acc), multiplier), high), low);
+    const Float own = V::add(V::round(clamped), zero_point);
+    const Float other = V::to_float(V::codes(residual, residual_signed));
+    const Float left = residual_first ? other : own;
+    const Float right = residual_first ? own : other;
+    return V::to_int(V::min(V::fma(left, left_ratio, V::fma(right, right_ratio, fixed)), sum_high));
+  }
+
+  typename V::Bytes bytes;
+  Float high, low, zero_point, left_ratio, right_ratio, fixed, sum_high;
+  bool residual_first, residual_signed;
+};
+
+template <class V, int Rows, int Units>
+void tile(const GemmBlock& g, const Epilogue8<V>* epilogue, int32_t first) {
+  using Int = typename V::Int;
+  constexpr int vectors = Units * unit_columns / V::width;
+  Int acc[Rows][vectors];
+#pragma GCC unroll 16
+  for (int v = 0; v < vectors; ++v) {
+    const Int bias = V::load(g.bias + v * V::width);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) acc[r][v] = bias;
+  }
+  if (g.row_bias != nullptr) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const Int bias = V::set(g.row_bias[first + r]);
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) acc[r][v] = V::add(acc[r][v], bias);
+    }
+  }
+  const typename V::Flip flip = V::flip(g.left_flip);
+  for (int32_t t = 0; t < g.taps; ++t) {
+    const uint8_t* left[Rows];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) left[r] = g.left[t * g.left_stride + first + r] + g.left_offset;
+    const int8_t* right = g.right + g.right_taps[t] * g.right_tap_bytes;
+    const int64_t end = int64_t{4} * g.depth;
+    for (int64_t k = 0; k < end; k += 4) {
+      typename V::Right b[vectors];
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) b[v] = V::right(right + v * V::width * 4);
+      right += Units * unit_columns * 4;
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        const typename V::Left a = V::left(left[r] + k, flip);
+#pragma GCC unroll 16
+        for (int v = 0; v < vectors; ++v) acc[r][v] = V::dot(acc[r][v], a, b[v]);
+      }
+    }
+  }
+  if (g.raw != nullptr) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      int32_t* to = g.raw + int64_t{first + r} * Units * unit_columns;
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) V::store(to + v * V::width, acc[r][v]);
+    }
+    return;
+  }
+  const float* multiplier = g.epilogue->multiplier;
+  const bool add = g.epilogue->add;
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+    const int64_t offset = (g.y_rows == nullptr ? int64_t{first + r} : int64_t{g.y_rows[first + r]}) * g.y_stride;
+    if (add) {
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) {
+        acc[r][v] =
+            epilogue->sum(acc[r][v], V::load(multiplier + v * V::width), g.residual + offset + v * V::width);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) acc[r][v] = epilogue->plain(acc[r][v], V::load(multiplier + v * V::width));
+    }
+    V::template store_columns<Units>(g.y + offset, acc[r], epilogue->bytes, g.columns);
+  }
+}
+
+// A tile of as many rows as there are registers, then smaller ones for what is left.
+template <class V, int Units>
+void gemm_units(const GemmBlock& g) {
+  constexpr int rows = V::template rows<Units>;
+  const ByteEpilogue none{};
+  const Epilogue8<V> epilogue(g.epilogue == nullptr ? none : *g.epilogue);
+  int32_t r = 0;
+  for (; r + rows <= g.rows; r += rows) tile<V, rows, Units>(g, &epilogue, r);
+  if constexpr (rows > 4) {
+    for (; r + 4 <= g.rows; r += 4) tile<V, 4, Units>(g, &epilogue, r);
+  }
+  if constexpr (rows > 2) {
+    for (; r + 2 <= g.rows; r += 2) tile<V, 2, Units>(g, &epilogue, r);
+  }
+  for (; r < g.rows; ++r) tile<V, 1, Units>(g, &epilogue, r);
+}
+
+template <class V>
+void depthwise_rows(const DepthwiseBlock& d) {
+  using Int = typename V::Int;
+  constexpr int block = 4 * V::width;
+  const typename V::Flip flip = V::flip(d.left_flip);
+  const ByteEpilogue none{};
+  const Epilogue8<V> epilogue(d.epilogue == nullptr ? none : *d.epilogue);
+  for (int32_t c = 0; c < d.channels; c += block) {
+    const int8_t* weights = d.right + int64_t{c} * d.taps;
+    const int32_t left_over = d.channels - c;
+    for (int32_t r = 0; r < d.rows; ++r) {
+      const uint8_t* const* taps = d.left + int64_t{r} * d.taps;
+      Int acc[4];
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) acc[q] = V::load(d.bias + c + q * V::width);
+      const int8_t* right = weights;
+      for (int32_t t = 0; t < d.taps; t += 4) {
+        typename V::Left a[4];
+        V::interleave(taps + t, c, flip, a);
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) acc[q] = V::dot(acc[q], a[q], V::right(right + q * V::width * 4));
+        right += 4 * block;
+      }
+      if (d.raw != nullptr) {
+        int32_t lanes[block];
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) V::store(lanes + q * V::width, acc[q]);
+        int32_t* to = d.raw + r * d.raw_stride + c;
+        for (int i = 0; i < block; ++i) {
+          const int q = i / V::width, l = i % V::width;
+          to[l / 4 * 16 + q * 4 + l % 4] = lanes[i];
+        }
+        continue;
+      }
+      const float* multiplier = d.epilogue->multiplier + c;
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) acc[q] = epilogue.plain(acc[q], V::load(multiplier + q * V::width));
+      V::store_interleaved(d.y + r * d.y_stride + c, acc, epilogue.bytes, left_over < block ? left_over : block);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace qat
