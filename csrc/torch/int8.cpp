@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <chrono>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -80,7 +81,8 @@ class Numbers {
 // ints: batch, in_h, in_w, out_h, out_w, stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w, transposed, outputs,
 // inputs, groups, kernel_h, kernel_w, four_bits, profile, wide, residual_first; then zero point, qmin, qmax, wide of x, y,
 // residual, sum; floats: their scales.
-void int8_conv(std::string isa, Tensor x, Tensor weight, std::optional<Tensor> weight_zero,
+// Returns the seconds that `repeats` runs take.
+double int8_conv(std::string isa, Tensor x, Tensor weight, std::optional<Tensor> weight_zero,
                std::optional<Tensor> multiplier, std::optional<Tensor> real, std::optional<Tensor> fixed,
                std::optional<Tensor> shift, std::optional<Tensor> bias, std::optional<Tensor> residual,
                std::optional<Tensor> table, std::vector<int64_t> ints, std::vector<double> floats, Tensor y,
@@ -122,9 +124,11 @@ void int8_conv(std::string isa, Tensor x, Tensor weight, std::optional<Tensor> w
   const auto layer = qat::prepare_conv(packed, shape, type_of(x), x_grid, type_of(y), epilogue);
   const qat::Threads pool = threads();
   std::vector<uint8_t> scratch(static_cast<size_t>(qat::conv_scratch(*layer, pool.count)) + 64);
+  const auto start = std::chrono::steady_clock::now();
   for (int64_t i = 0; i < repeats; ++i) {
     qat::run_conv(*layer, pool, x.const_data_ptr(), y.mutable_data_ptr(), data_of(residual), aligned(scratch));
   }
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 qat::View view_of(const Tensor& t, const qat::Grid& grid) {
@@ -139,7 +143,7 @@ qat::View view_of(const Tensor& t, const qat::Grid& grid) {
 
 // a (batch, m, k), b (batch, k, n) or (batch, n, k), y (batch, m, n); ints: zero point, qmin, qmax, wide of a, b, y.
 void int8_matmul(std::string isa, Tensor a, Tensor b, bool b_transposed, std::vector<int64_t> ints,
-                 std::vector<double> floats, Tensor y, int64_t repeats) {
+                 std::vector<double> floats, Tensor y) {
   check(qat::find_integer_isa(isa.c_str()) != nullptr, "unknown instruction set, or one that this processor lacks");
   Numbers numbers(ints, floats);
   const qat::View left = view_of(a, numbers.grid());
@@ -150,9 +154,7 @@ void int8_matmul(std::string isa, Tensor a, Tensor b, bool b_transposed, std::ve
   const qat::MatmulShape shape{y.size(0), y.size(1), y.size(2), a.size(2), b_transposed, index.data(), index.data()};
   const qat::Threads pool = threads();
   std::vector<uint8_t> scratch(static_cast<size_t>(qat::matmul_scratch(isa.c_str(), shape, pool.count)) + 64);
-  for (int64_t i = 0; i < repeats; ++i) {
-    qat::run_matmul(isa.c_str(), pool, shape, left, right, out, aligned(scratch));
-  }
+  qat::run_matmul(isa.c_str(), pool, shape, left, right, out, aligned(scratch));
 }
 
 // Products that `steps` rounds of the multiply-accumulate instruction make on registers only, on one thread.
@@ -172,9 +174,9 @@ std::string int8_isa(std::string isa) {
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("_int8_conv(str isa, Tensor x, Tensor weight, Tensor? weight_zero, Tensor? multiplier, Tensor? real, "
         "Tensor? fixed, Tensor? shift, Tensor? bias, Tensor? residual, Tensor? table, int[] ints, float[] floats, "
-        "Tensor(a!) y, int repeats=1) -> ()");
-  m.def("_int8_matmul(str isa, Tensor a, Tensor b, bool b_transposed, int[] ints, float[] floats, Tensor(a!) y, "
-        "int repeats=1) -> ()");
+        "Tensor(a!) y, int repeats=1) -> float");
+  m.def("_int8_matmul(str isa, Tensor a, Tensor b, bool b_transposed, int[] ints, float[] floats, Tensor(a!) y) "
+        "-> ()");
   m.def("_int8_peak(str isa, int steps) -> int");
   m.def("_int8_isa(str isa) -> str");
 }

@@ -133,8 +133,12 @@ class Conv:
             codes = self.table.int()[(codes - self.y_grid.qmin).long()]
         return codes
 
-    def native(self, isa: str, repeats: int = 1) -> Tensor:
+    def native(self, isa: str) -> Tensor:
         """Codes (N, H, W, O), int32, from the kernels of `isa`."""
+        return self.run(isa, 1)[0]
+
+    def run(self, isa: str, repeats: int) -> tuple[Tensor, float]:
+        """The codes, and the seconds that so many runs took."""
         height, width = self.out_size
         outputs, kernel_h, kernel_w, _ = self.weight.shape
         y = torch.zeros(self.x.shape[0], height, width, outputs, dtype=torch.int32).to(DTYPES[self.y_type])
@@ -149,7 +153,7 @@ class Conv:
         if self.four_bits:
             flat = torch.nn.functional.pad(weight.flatten(), (0, weight.numel() % 2)).to(torch.int32) & 15
             weight = (flat[::2] | flat[1::2] << 4).to(torch.uint8)
-        torch.ops.qat._int8_conv(
+        seconds = torch.ops.qat._int8_conv(
             isa,
             padded(self.x, DTYPES[self.x_type]),
             weight,
@@ -166,7 +170,7 @@ class Conv:
             y,
             repeats,
         )
-        return y.to(torch.int32)
+        return y.to(torch.int32), seconds
 
 
 def _float_conv_transpose(x: Tensor, weight: Tensor, layer: Conv) -> Tensor:

@@ -142,6 +142,7 @@ int64_t peak(int64_t steps) {
   __m256i acc[chains];
   const __m256i b = _mm256_set1_epi8(1);
   const Vector::Left a = Vector::prepared(b);
+#pragma GCC unroll 16
   for (int i = 0; i < chains; ++i) acc[i] = _mm256_setzero_si256();
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 16

@@ -143,6 +143,7 @@ void lookup(const uint8_t* table, uint8_t* y, int64_t rows, int64_t columns, int
 int64_t peak(int64_t steps) {
   constexpr int chains = 24;
   __m512i acc[chains], a = _mm512_set1_epi8(1), b = a;
+#pragma GCC unroll 32
   for (int i = 0; i < chains; ++i) acc[i] = _mm512_setzero_si512();
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
