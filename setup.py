@@ -27,13 +27,17 @@ STABLE_ABI = "0x020a000000000000"
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-g0", "-Wall", "-Wextra"]
 #: gcc 12 takes the undefined registers of its own header for a mistake.
 GCC_12 = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+AVX512 = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), *GCC_12]
 #: Options of single source files of csrc/kernels: instruction sets, and warnings that mean nothing there.
 KERNEL_OPTIONS = {
     "avx2": ["-mavx2"],
-    "avx512": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), *GCC_12],
+    "avx512": AVX512,
     "int8_avx2": ["-mavx2", "-mfma"],
     "int8_avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
-    "int8_avx512vnni": [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni", "vbmi")), "-mfma", *GCC_12],
+    "int8_avx512vnni": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mfma"],
+    "loops_avx2": ["-mavx2", "-mfma"],
+    "loops_avx512": [*AVX512, "-mprefer-vector-width=512"],
+    "lookup_vbmi": [*AVX512, "-mavx512vbmi"],
 }
 
 
