@@ -182,6 +182,31 @@ def test_weights_of_four_bits(layer: Conv) -> None:
     same_codes(layer)
 
 
+@pytest.mark.parametrize("y_type", ["u8", "s8"])
+@pytest.mark.parametrize("multiplier", [0.002, 1.5])
+@pytest.mark.parametrize("channels", [5, 32, 64, 130])
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2), (1, 2), (3, 1)])
+@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (1, 1, 1, 1), (2, 0, 1, 2)])
+def test_depthwise_of_three(
+    channels: int, stride: tuple[int, int], padding: tuple[int, int, int, int], multiplier: float, y_type: str
+) -> None:
+    torch.manual_seed(5)
+    low, high = RANGES[y_type]
+    same_codes(
+        Conv(
+            x=torch.randint(0, 256, (2, 5, 6, channels)),
+            weight=torch.randint(-128, 128, (channels, 3, 3, 1)),
+            y_type=y_type,
+            y_grid=QParams(0.02 * 0.01 / multiplier, low + 100, low, high - (3 if stride[0] == 1 else 0)),
+            bias=torch.randint(-900, 900, (channels,)),
+            stride=stride,
+            padding=padding,
+            dilation=(1 + channels % 2, 1),
+            groups=channels,
+        )
+    )
+
+
 @pytest.mark.parametrize("x_type", ["u8", "s8"])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_large_sums(x_type: str, kernel: int) -> None:

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "depthwise_loops.h"
 #include "tile_loops.h"
 
 namespace qat {
@@ -44,8 +45,10 @@ struct Vector {
         : zero(_mm256_set1_epi16(c.zero)),
           low(_mm256_set1_epi8(static_cast<char>(c.low))),
           high(_mm256_set1_epi8(static_cast<char>(c.high))),
-          flip(_mm256_set1_epi8(static_cast<char>(c.flip))) {}
+          flip(_mm256_set1_epi8(static_cast<char>(c.flip))),
+          plain(c.plain()) {}
     __m256i zero, low, high, flip;
+    bool plain;
   };
 
   static Int load(const int32_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
@@ -74,11 +77,12 @@ struct Vector {
 
   static __m256i bytes_at(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 
-  static void interleave(const uint8_t* const from[4], int64_t offset, Flip flip, Left to[4]) {
+  template <int Rows>
+  static void interleave(const uint8_t* const* from, int64_t offset, Flip flip, Left to[4]) {
     const __m256i a = _mm256_xor_si256(bytes_at(from[0] + offset), flip);
     const __m256i b = _mm256_xor_si256(bytes_at(from[1] + offset), flip);
     const __m256i c = _mm256_xor_si256(bytes_at(from[2] + offset), flip);
-    const __m256i d = _mm256_xor_si256(bytes_at(from[3] + offset), flip);
+    const __m256i d = Rows == 4 ? _mm256_xor_si256(bytes_at(from[3] + offset), flip) : c;
     const __m256i ab_low = _mm256_unpacklo_epi8(a, b), ab_high = _mm256_unpackhi_epi8(a, b);
     const __m256i cd_low = _mm256_unpacklo_epi8(c, d), cd_high = _mm256_unpackhi_epi8(c, d);
     to[0] = prepared(_mm256_unpacklo_epi16(ab_low, cd_low));
@@ -96,6 +100,7 @@ struct Vector {
     const __m256i ab = _mm256_adds_epi16(_mm256_packs_epi32(a, b), bytes.zero);
     const __m256i cd = _mm256_adds_epi16(_mm256_packs_epi32(c, d), bytes.zero);
     const __m256i packed = _mm256_packus_epi16(ab, cd);
+    if (bytes.plain) return packed;
     return _mm256_xor_si256(_mm256_min_epu8(_mm256_max_epu8(packed, bytes.low), bytes.high), bytes.flip);
   }
 
@@ -131,6 +136,8 @@ void gemm(const GemmBlock& block, int32_t) { gemm_units<Vector, 1>(block); }
 
 void depthwise(const DepthwiseBlock& block) { depthwise_rows<Vector>(block); }
 
+void depthwise_line(const DepthwiseLine& line) { depthwise_lines<Vector>(line); }
+
 void lookup(const uint8_t* table, uint8_t* y, int64_t rows, int64_t columns, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) y[r * stride + c] = table[y[r * stride + c]];
@@ -160,7 +167,7 @@ const Int8Kernels table{
 #else
     "avx2",
 #endif
-    false, 1, {Vector::rows<1>, 0, 0, 0}, 4 * Vector::width, gemm, depthwise, lookup, peak,
+    false, 1, {Vector::rows<1>, 0, 0, 0}, 4 * Vector::width, gemm, depthwise, depthwise_line, lookup, peak,
 };
 
 }  // namespace

@@ -57,6 +57,7 @@ class ConvLayer {
   int64_t work;          // of all blocks
   int64_t block_pointers, block_rows;
   bool pointwise;        // row m reads pixel m
+  bool lines;            // depthwise, line by line
   int64_t row_bytes;     // of a pixel row of the activation, of its copy for folded
   int64_t image_bytes;
   int64_t folded_bytes;  // of the copy
@@ -88,7 +89,8 @@ void add_phase(ConvLayer& l, int32_t phase_h, int32_t phase_w) {
   const bool folded = w.method == Method::folded;
   const int32_t kernel_w = folded ? 1 : w.kernel_w;
   const auto belongs = [&](int32_t position, int32_t stride, int32_t r) { return !s.transposed || position % stride == r; };
-  for (int32_t t = 0; t < w.taps; ++t) {
+  if (w.method == Method::depthwise) phase.taps = w.order;
+  for (int32_t t = 0; t < w.taps && w.method != Method::depthwise; ++t) {
     if (belongs(t / kernel_w * s.dilation_h, s.stride_h, phase_h) &&
         belongs(t % kernel_w * s.dilation_w, s.stride_w, phase_w)) {
       phase.taps.push_back(t);
@@ -100,8 +102,12 @@ void add_phase(ConvLayer& l, int32_t phase_h, int32_t phase_w) {
     for (int32_t ox = 0; ox < s.out_w; ++ox) {
       if (!belongs(ox + s.pad_left, s.stride_w, phase_w)) continue;
       if (s.transposed) phase.pixels.push_back(oy * s.out_w + ox);
-      if (l.pointwise) continue;
+      if (l.pointwise || l.lines) continue;
       for (int32_t t : phase.taps) {
+        if (t < 0) {
+          phase.offsets.push_back(padding);
+          continue;
+        }
         const int32_t iy =
             source(oy, t / kernel_w, s.stride_h, s.pad_top, s.dilation_h, s.in_h, s.transposed);
         // the copy of a folded row has its own padding
@@ -119,8 +125,9 @@ void add_phase(ConvLayer& l, int32_t phase_h, int32_t phase_w) {
   const int32_t x_zero = l.x_grid.zero_point + (l.left_flip == 0 ? 0 : l.x == Type::s8 ? 128 : -128);
   const auto bias = [&](int32_t output) {
     int64_t sum = 0;
-    for (int32_t t : phase.taps) sum += w.tap_sums[static_cast<size_t>(t) * static_cast<size_t>(w.outputs) +
-                                                   static_cast<size_t>(output)];
+    for (int32_t t : phase.taps) {
+      if (t >= 0) sum += w.tap_sums[static_cast<size_t>(int64_t{t} * w.outputs + output)];
+    }
     const int64_t own = l.epilogue.bias.empty() ? 0 : l.epilogue.bias[static_cast<size_t>(output)];
     return static_cast<int32_t>(static_cast<uint32_t>(own - x_zero * sum));
   };
@@ -158,18 +165,21 @@ void fill_multipliers(ConvLayer& l) {
   }
 }
 
-int64_t pointers_of_row(const PackedWeights& w, const Phase& phase) {
-  const auto taps = static_cast<int64_t>(phase.taps.size());
-  return w.method == Method::depthwise ? (taps + 3) / 4 * 4 : taps;
-}
+// Input columns of a line of a kernel of three columns.
+int32_t line_columns(const ConvShape& s) { return (s.out_w - 1) * s.stride_w + 3; }
 
 void split_blocks(ConvLayer& l) {
   const PackedWeights& w = *l.weights;
   l.units = w.method == Method::depthwise ? 1 : w.padded / unit_columns;
   l.block_pointers = l.block_rows = l.work = 0;
+  if (l.lines) {
+    l.work = l.shape.batch * l.shape.out_h;
+    l.block_pointers = (line_columns(l.shape) * 3 + 7) / 8 * 8;
+    return;
+  }
   for (size_t p = 0; p < l.phases.size(); ++p) {
     const int64_t rows = l.phases[p].rows * l.shape.batch;
-    const int64_t pointers = std::max<int64_t>(pointers_of_row(w, l.phases[p]), 1);
+    const int64_t pointers = std::max<int64_t>(static_cast<int64_t>(l.phases[p].taps.size()), 1);
     const int64_t strides = l.shape.transposed ? 1 : int64_t{l.shape.stride_h} * l.shape.stride_w;
     const int64_t bytes = std::max<int64_t>(std::min<int64_t>(pointers, strides) * w.depth, 1);
     const int64_t most = std::max<int64_t>(std::min(max_pointers / pointers, max_left_bytes / bytes), 24);
@@ -195,7 +205,7 @@ struct Run {
   int64_t parts;
 };
 
-// [tap][row], and [row][tap] for depthwise with its taps filled up to a multiple of four.
+// [tap][row], and [row][tap] for depthwise.
 void fill_pointers(const Run& run, const Block& block, const uint8_t** to) {
   const ConvLayer& l = run.layer;
   const Phase& phase = l.phases[static_cast<size_t>(block.phase)];
@@ -205,7 +215,7 @@ void fill_pointers(const Run& run, const Block& block, const uint8_t** to) {
   }
   const auto taps = static_cast<int64_t>(phase.taps.size());
   const bool depthwise = l.weights->method == Method::depthwise;
-  const int64_t row_step = depthwise ? pointers_of_row(*l.weights, phase) : 1;
+  const int64_t row_step = depthwise ? taps : 1;
   const int64_t tap_step = depthwise ? 1 : block.rows;
   const uint8_t* zero = l.zero_row.data();
   int64_t pixel = block.first % phase.rows;
@@ -215,7 +225,6 @@ void fill_pointers(const Run& run, const Block& block, const uint8_t** to) {
     for (int64_t t = 0; t < taps; ++t) {
       to[r * row_step + t * tap_step] = offsets[t] < 0 ? zero : image + offsets[t];
     }
-    for (int64_t t = taps; depthwise && t < row_step; ++t) to[r * row_step + t] = zero;
     if (++pixel == phase.rows) {
       pixel = 0;
       image += l.image_bytes;
@@ -291,7 +300,7 @@ void run_depthwise(const Run& run, const Block& block, int64_t begin, int64_t en
   epilogue.multiplier = l.multiplier.data();
   DepthwiseBlock d{};
   d.left_flip = l.left_flip;
-  d.taps = (w.taps + 3) / 4 * 4;
+  d.taps = static_cast<int32_t>(phase.taps.size());
   d.channels = w.outputs;
   d.right = w.data.data();
   d.bias = phase.bias.data();
@@ -317,6 +326,36 @@ void run_depthwise(const Run& run, const Block& block, int64_t begin, int64_t en
   }
 }
 
+// Lines [begin, end) of all images.
+void run_lines(const Run& run, int64_t begin, int64_t end, const uint8_t** pointers) {
+  const ConvLayer& l = run.layer;
+  const PackedWeights& w = *l.weights;
+  const ConvShape& s = l.shape;
+  ByteEpilogue epilogue = l.byte_epilogue;
+  epilogue.multiplier = l.multiplier.data();
+  const int64_t y_bytes = int64_t{s.out_w} * w.outputs;
+  const DepthwiseLine shared{pointers,      l.left_flip,   s.out_w,
+                             s.stride_w,    w.outputs,     w.data.data(),
+                             l.phases[0].bias.data(), &epilogue,  nullptr,
+                             w.outputs};
+  for (int64_t line = begin; line < end; ++line) {
+    const uint8_t* image = run.x + line / s.out_h * l.image_bytes;
+    for (int32_t k = 0; k < 3; ++k) {
+      const int32_t iy =
+          source(static_cast<int32_t>(line % s.out_h), k, s.stride_h, s.pad_top, s.dilation_h, s.in_h, false);
+      for (int32_t j = 0; j < line_columns(s); ++j) {
+        const int32_t ix = j - s.pad_left;
+        const bool inside = iy >= 0 && ix >= 0 && ix < s.in_w;
+        pointers[j * 3 + k] = inside ? image + iy * l.row_bytes + int64_t{ix} * w.inputs : l.zero_row.data();
+      }
+    }
+    DepthwiseLine d = shared;
+    d.y = run.y + line * y_bytes;
+    w.kernels->depthwise_line(d);
+    if (l.epilogue.table != nullptr) w.kernels->lookup(l.table, d.y, 1, y_bytes, 0);
+  }
+}
+
 // Row at which a cut of the work falls, on the border of a tile; the same for both sides.
 int64_t cut(int64_t position, int64_t start, int64_t units, int64_t rows, int64_t tile) {
   if (position <= start) return 0;
@@ -332,6 +371,7 @@ void run_part(const Run& run, int64_t part) {
   auto** pointers = reinterpret_cast<const uint8_t**>(slot);
   auto* rows = reinterpret_cast<int32_t*>(slot + l.block_pointers * 8);
   auto* raw = reinterpret_cast<int32_t*>(slot + l.block_pointers * 8 + (l.block_rows * 4 + 63) / 64 * 64);
+  if (l.lines) return run_lines(run, begin, end, pointers);
   for (const Block& block : l.blocks) {
     const int64_t block_end = block.start + block.rows * l.units;
     if (block_end <= begin || block.start >= end) continue;
@@ -420,6 +460,8 @@ std::shared_ptr<const ConvLayer> prepare_conv(std::shared_ptr<const PackedWeight
   l.pointwise = w.method == Method::gemm && w.taps == 1 && !shape.transposed && shape.stride_h == 1 &&
                 shape.stride_w == 1 && shape.pad_top == 0 && shape.pad_left == 0 && shape.in_h == shape.out_h &&
                 shape.in_w == shape.out_w;
+  l.lines = w.method == Method::depthwise && l.bytes && w.kernel_h == 3 && w.kernel_w == 3 && shape.dilation_w == 1 &&
+            shape.stride_w <= 2 && shape.out_h > 0 && shape.out_w > 0;
   l.row_bytes = int64_t{shape.in_w} * w.inputs;
   if (folded) {
     l.row_bytes = shape.dilation_w == 1
@@ -448,7 +490,9 @@ void run_conv(const ConvLayer& layer, const Threads& threads, const void* x, voi
   }
   auto* bytes = static_cast<uint8_t*>(scratch);
   const auto* left = static_cast<const uint8_t*>(x);
-  const int64_t products = layer.work * unit_columns * layer.weights->taps * layer.weights->depth;
+  const ConvShape& s = layer.shape;
+  const int64_t products =
+      s.batch * s.out_h * s.out_w * layer.weights->outputs * layer.weights->taps * layer.weights->depth;
   const int64_t parts = products < serial_products ? 1 : threads.count;
   if (layer.weights->method == Method::folded) {
     const int64_t rows = layer.shape.batch * layer.shape.in_h;

@@ -4,6 +4,7 @@
 #ifdef __AVX512VBMI__
 #include <immintrin.h>
 
+#include "depthwise_loops.h"
 #include "tile_loops.h"
 
 namespace qat {
@@ -26,8 +27,10 @@ struct Vector {
         : zero(_mm512_set1_epi16(c.zero)),
           low(_mm512_set1_epi8(static_cast<char>(c.low))),
           high(_mm512_set1_epi8(static_cast<char>(c.high))),
-          flip(_mm512_set1_epi8(static_cast<char>(c.flip))) {}
+          flip(_mm512_set1_epi8(static_cast<char>(c.flip))),
+          plain(c.plain()) {}
     __m512i zero, low, high, flip;
+    bool plain;
   };
 
   static Int load(const int32_t* from) { return _mm512_loadu_si512(from); }
@@ -55,11 +58,12 @@ struct Vector {
   static Right right(const int8_t* from) { return _mm512_loadu_si512(from); }
   static Int dot(Int acc, Left a, Right b) { return _mm512_dpbusd_epi32(acc, a, b); }
 
-  static void interleave(const uint8_t* const from[4], int64_t offset, Flip flip, Left to[4]) {
+  template <int Rows>
+  static void interleave(const uint8_t* const* from, int64_t offset, Flip flip, Left to[4]) {
     const __m512i a = _mm512_xor_si512(_mm512_loadu_si512(from[0] + offset), flip);
     const __m512i b = _mm512_xor_si512(_mm512_loadu_si512(from[1] + offset), flip);
     const __m512i c = _mm512_xor_si512(_mm512_loadu_si512(from[2] + offset), flip);
-    const __m512i d = _mm512_xor_si512(_mm512_loadu_si512(from[3] + offset), flip);
+    const __m512i d = Rows == 4 ? _mm512_xor_si512(_mm512_loadu_si512(from[3] + offset), flip) : c;
     const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
     const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
     to[0] = _mm512_unpacklo_epi16(ab_low, cd_low);
@@ -77,6 +81,7 @@ struct Vector {
     const __m512i ab = _mm512_adds_epi16(_mm512_packs_epi32(a, b), bytes.zero);
     const __m512i cd = _mm512_adds_epi16(_mm512_packs_epi32(c, d), bytes.zero);
     const __m512i packed = _mm512_packus_epi16(ab, cd);
+    if (bytes.plain) return packed;
     return _mm512_xor_si512(_mm512_min_epu8(_mm512_max_epu8(packed, bytes.low), bytes.high), bytes.flip);
   }
 
@@ -125,6 +130,8 @@ void gemm(const GemmBlock& block, int32_t units) {
 
 void depthwise(const DepthwiseBlock& block) { depthwise_rows<Vector>(block); }
 
+void depthwise_line(const DepthwiseLine& line) { depthwise_lines<Vector>(line); }
+
 void lookup(const uint8_t* table, uint8_t* y, int64_t rows, int64_t columns, int64_t stride) {
   const __m512i t0 = _mm512_loadu_si512(table), t1 = _mm512_loadu_si512(table + 64);
   const __m512i t2 = _mm512_loadu_si512(table + 128), t3 = _mm512_loadu_si512(table + 192);
@@ -164,6 +171,7 @@ const Int8Kernels table{
     4 * Vector::width,
     gemm,
     depthwise,
+    depthwise_line,
     lookup,
     peak,
 };

@@ -1,6 +1,7 @@
 // Any processor: the vectors are arrays, and what the compiler makes of them.
 #include <cmath>
 
+#include "depthwise_loops.h"
 #include "isa.h"
 #include "tile_loops.h"
 
@@ -99,9 +100,10 @@ struct Vector {
     return acc;
   }
 
-  static void interleave(const uint8_t* const from[4], int64_t offset, Flip flip, Left to[4]) {
+  template <int Rows>
+  static void interleave(const uint8_t* const* from, int64_t offset, Flip flip, Left to[4]) {
     for (int q = 0; q < 4; ++q) {
-      for (int i = 0; i < 4 * width; ++i) to[q].byte[i] = from[i % 4][offset + q * 4 + i / 4] ^ flip;
+      for (int i = 0; i < 4 * width; ++i) to[q].byte[i] = from[i % 4 < Rows ? i % 4 : 0][offset + q * 4 + i / 4] ^ flip;
     }
   }
 
@@ -128,6 +130,8 @@ void gemm(const GemmBlock& block, int32_t) { gemm_units<Vector, 1>(block); }
 
 void depthwise(const DepthwiseBlock& block) { depthwise_rows<Vector>(block); }
 
+void depthwise_line(const DepthwiseLine& line) { depthwise_lines<Vector>(line); }
+
 void lookup(const uint8_t* table, uint8_t* y, int64_t rows, int64_t columns, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) y[r * stride + c] = table[y[r * stride + c]];
@@ -147,7 +151,7 @@ int64_t peak(int64_t steps) {
 }
 
 const Int8Kernels table{
-    "portable", false, 1, {Vector::rows<1>, 0, 0, 0}, 4 * Vector::width, gemm, depthwise, lookup, peak,
+    "portable", false, 1, {Vector::rows<1>, 0, 0, 0}, 4 * Vector::width, gemm, depthwise, depthwise_line, lookup, peak,
 };
 
 }  // namespace

@@ -7,7 +7,8 @@
 // add the products of four pairs of bytes to a 32-bit lane (vpdpbusd, sdot):
 //   panel of a matrix      [tap][depth / 4][column of the panel][4], at most 4 x 16 columns, padded with zeros
 //   block of a depthwise   [taps / 4][4 vectors][lane][4], 4 x width channels; lane l of vector q is channel
-//                          l / 4 * 16 + q * 4 + l % 4, the order in which unpacking bytes and words interleaves four rows
+//                          l / 4 * 16 + q * 4 + l % 4, the order in which unpacking bytes and words interleaves four rows;
+//                          of a kernel of 3 x 3 four taps are a column and one with the weight zero
 #pragma once
 
 #include <cstdint>
@@ -19,9 +20,13 @@ namespace qat {
 struct ByteCodes {
   int16_t zero;
   uint8_t low, high, flip;
+
+  // Saturation is all the clamp there is, and nothing is flipped.
+  bool plain() const { return low == 0 && high == 255 && flip == 0; }
 };
 
-// From accumulators to bytes in profile `onnx`: v = min(float(acc) * multiplier, high), then either round(v) becomes the
+// From accumulators to bytes in profile `onnx`: v = float(acc) * multiplier, not above `high` where `bounded` says that v can
+// leave int32, then either round(v) becomes the
 // code or, with a residual,
 //   own = round(max(v, low)) + zero_point; code = round(fma(left, left_ratio, fma(right, right_ratio, fixed)))
 // where own and the residual are the operands in the order of `residual_first`.
@@ -29,6 +34,7 @@ struct ByteEpilogue {
   const float* multiplier;  // one a column
   float low, high;          // of the own result, less its zero point
   ByteCodes codes;
+  bool bounded;
   bool add;
   bool residual_first;
   bool residual_signed;
@@ -77,6 +83,21 @@ struct DepthwiseBlock {
   int64_t y_stride;
 };
 
+// Adjacent outputs of a kernel of 3 x 3 in one line. The rows of input column j are at left[j * 3], ...; output r takes the
+// columns r * stride, ..., r * stride + 2. Read and packed as for DepthwiseBlock.
+struct DepthwiseLine {
+  const uint8_t* const* left;
+  uint8_t left_flip;
+  int32_t columns;
+  int32_t stride;  // 1 or 2
+  int32_t channels;
+  const int8_t* right;
+  const int32_t* bias;
+  const ByteEpilogue* epilogue;
+  uint8_t* y;
+  int64_t y_stride;
+};
+
 constexpr int32_t unit_columns = 16;
 constexpr int32_t max_units = 4;
 
@@ -89,6 +110,7 @@ struct Int8Kernels {
   int32_t depthwise_block;   // 4 x width
   void (*gemm)(const GemmBlock& block, int32_t units);
   void (*depthwise)(const DepthwiseBlock& block);
+  void (*depthwise_line)(const DepthwiseLine& line);
   // Bytes (rows, columns) to table[byte], in place.
   void (*lookup)(const uint8_t* table, uint8_t* y, int64_t rows, int64_t columns, int64_t stride);
   // `steps` times the multiply-accumulate instruction on registers only, for benchmarks; returns how many products that is.

@@ -51,15 +51,21 @@ void pack_panels(PackedWeights& p, const std::vector<int16_t>& values) {
 
 void pack_depthwise(PackedWeights& p, const std::vector<int16_t>& values) {
   const int32_t block = p.kernels->depthwise_block;
-  const int32_t taps4 = (p.taps + 3) / 4 * 4;
+  const bool by_columns = p.kernel_h == 3 && p.kernel_w == 3;
+  const int32_t taps4 = by_columns ? 12 : (p.taps + 3) / 4 * 4;
+  for (int32_t i = 0; i < taps4; ++i) {
+    p.order.push_back(by_columns ? (i % 4 == 3 ? -1 : i % 4 * 3 + i / 4) : i < p.taps ? i : -1);
+  }
   p.padded = (p.outputs + block - 1) / block * block;
   p.data = AlignedBytes(static_cast<size_t>(p.padded) * static_cast<size_t>(taps4));
   for (int32_t i = 0; i < p.padded; ++i) {
     const int32_t channel = depthwise_channel(i, block);
     if (channel >= p.outputs) continue;
     int8_t* to = p.data.data() + int64_t{i / block} * block * taps4 + i % block * 4;
-    for (int32_t t = 0; t < p.taps; ++t) {
-      to[int64_t{t / 4} * block * 4 + t % 4] = static_cast<int8_t>(values[static_cast<size_t>(channel * p.taps + t)]);
+    for (int32_t t = 0; t < taps4; ++t) {
+      const int32_t tap = p.order[static_cast<size_t>(t)];
+      if (tap < 0) continue;
+      to[int64_t{t / 4} * block * 4 + t % 4] = static_cast<int8_t>(values[static_cast<size_t>(channel * p.taps + tap)]);
     }
   }
 }

@@ -66,6 +66,7 @@ class PackedWeights {
   std::vector<Panel> panels;       // gemm, folded
   AlignedBytes data;               // not wide
   std::vector<int16_t> wide;       // [output][tap][depth]
+  std::vector<int32_t> order;      // depthwise: which tap stands where, or -1 for a weight of zero
   std::vector<int32_t> tap_sums;   // [tap][output], of the weights less their zero points
 };
 

@@ -128,6 +128,8 @@ inline ByteEpilogue byte_epilogue(const Epilogue& e, Type y) {
   ByteEpilogue b{};
   b.low = static_cast<float>(e.y.qmin - e.y.zero_point);
   b.high = static_cast<float>(e.y.qmax - e.y.zero_point);
+  // no accumulator times less than 0.99 leaves int32
+  b.bounded = std::any_of(e.multiplier.begin(), e.multiplier.end(), [](float m) { return !(m < 0.99f); });
   const Grid& last = e.add ? e.sum : e.y;
   const int32_t shift = e.table != nullptr ? -e.y.qmin : y == Type::s8 ? 128 : 0;
   b.codes.zero = static_cast<int16_t>((e.add ? 0 : e.y.zero_point) + shift);

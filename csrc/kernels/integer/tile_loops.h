@@ -6,8 +6,8 @@
 //   mul, min, max, add(Float, Float), round(Float) (half to even), fma(a, b, c)
 //   Flip flip(uint8_t); Left left(const uint8_t* four, Flip): four activations in every lane
 //   Right right(const int8_t*): 4 * width weights; Int dot(Int, Left, Right)
-//   interleave(const uint8_t* const from[4], int64_t offset, Flip, Left to[4]): 4 * width channels of four rows in the order of
-//   isa.h
+//   interleave<Rows>(const uint8_t* const from[Rows], int64_t offset, Flip, Left to[4]): 4 * width channels of four rows in the
+//   order of isa.h, or of three and anything
 //   Int codes(const uint8_t*, bool is_signed): `width` bytes as integers
 //   store_columns<Units>(uint8_t*, const Int*, const Bytes&, int32_t columns), with Bytes made of ByteCodes
 //   store_interleaved(uint8_t*, const Int[4], const Bytes&, int32_t channels)
@@ -36,7 +36,9 @@ struct Epilogue8 {
         residual_first(e.residual_first),
         residual_signed(e.residual_signed) {}
 
-  Int plain(Int acc, Float multiplier) const {
+  Int plain(Int acc, Float multiplier) const { return V::to_int(V::mul(V::to_float(acc), multiplier)); }
+
+  Int bounded(Int acc, Float multiplier) const {
     return V::to_int(V::min(V::mul(V::to_float(acc), multiplier), high));
   }
 
@@ -103,7 +105,7 @@ void tile(const GemmBlock& g, const Epilogue8<V>* epilogue, int32_t first) {
     return;
   }
   const float* multiplier = g.epilogue->multiplier;
-  const bool add = g.epilogue->add;
+  const bool add = g.epilogue->add, bounded = g.epilogue->bounded;
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
     const int64_t offset = (g.y_rows == nullptr ? int64_t{first + r} : int64_t{g.y_rows[first + r]}) * g.y_stride;
@@ -113,6 +115,9 @@ void tile(const GemmBlock& g, const Epilogue8<V>* epilogue, int32_t first) {
         acc[r][v] =
             epilogue->sum(acc[r][v], V::load(multiplier + v * V::width), g.residual + offset + v * V::width);
       }
+    } else if (bounded) {
+#pragma GCC unroll 16
+      for (int v = 0; v < vectors; ++v) acc[r][v] = epilogue->bounded(acc[r][v], V::load(multiplier + v * V::width));
     } else {
 #pragma GCC unroll 16
       for (int v = 0; v < vectors; ++v) acc[r][v] = epilogue->plain(acc[r][v], V::load(multiplier + v * V::width));
@@ -136,48 +141,6 @@ void gemm_units(const GemmBlock& g) {
     for (; r + 2 <= g.rows; r += 2) tile<V, 2, Units>(g, &epilogue, r);
   }
   for (; r < g.rows; ++r) tile<V, 1, Units>(g, &epilogue, r);
-}
-
-template <class V>
-void depthwise_rows(const DepthwiseBlock& d) {
-  using Int = typename V::Int;
-  constexpr int block = 4 * V::width;
-  const typename V::Flip flip = V::flip(d.left_flip);
-  const ByteEpilogue none{};
-  const Epilogue8<V> epilogue(d.epilogue == nullptr ? none : *d.epilogue);
-  for (int32_t c = 0; c < d.channels; c += block) {
-    const int8_t* weights = d.right + int64_t{c} * d.taps;
-    const int32_t left_over = d.channels - c;
-    for (int32_t r = 0; r < d.rows; ++r) {
-      const uint8_t* const* taps = d.left + int64_t{r} * d.taps;
-      Int acc[4];
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) acc[q] = V::load(d.bias + c + q * V::width);
-      const int8_t* right = weights;
-      for (int32_t t = 0; t < d.taps; t += 4) {
-        typename V::Left a[4];
-        V::interleave(taps + t, c, flip, a);
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) acc[q] = V::dot(acc[q], a[q], V::right(right + q * V::width * 4));
-        right += 4 * block;
-      }
-      if (d.raw != nullptr) {
-        int32_t lanes[block];
-#pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) V::store(lanes + q * V::width, acc[q]);
-        int32_t* to = d.raw + r * d.raw_stride + c;
-        for (int i = 0; i < block; ++i) {
-          const int q = i / V::width, l = i % V::width;
-          to[l / 4 * 16 + q * 4 + l % 4] = lanes[i];
-        }
-        continue;
-      }
-      const float* multiplier = d.epilogue->multiplier + c;
-#pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) acc[q] = epilogue.plain(acc[q], V::load(multiplier + q * V::width));
-      V::store_interleaved(d.y + r * d.y_stride + c, acc, epilogue.bytes, left_over < block ? left_over : block);
-    }
-  }
 }
 
 }  // namespace
