@@ -188,6 +188,25 @@ def test_two_long_operands(run: Any, name: str, count: int, a: Any, b: Any, y: A
     check(run, name, [operand(left, a), operand(right, b)], y, expected, in_place=True)
 
 
+# scales and zero points of a, b, y for which some sums are ties that a multiplication with a rounding of its own misses
+TIES = [
+    (2.05, 204, 0.1, 164, 1.2, 97),
+    (0.078, 162, 0.014, 124, 0.06, 120),
+    (0.267, 235, 0.168, 89, 0.03, 194),
+    (0.128, 65, 3.04, 115, 0.96, 118),
+]
+
+
+@pytest.mark.parametrize("name", ["add", "mul"])
+@pytest.mark.parametrize("ties", TIES)
+def test_every_pair_of_codes(run: Any, name: str, ties: tuple[float, ...]) -> None:
+    a, b, y = ((torch.uint8, QParams(ties[i], int(ties[i + 1]), 0, 255)) for i in (0, 2, 4))
+    left = torch.arange(256, dtype=torch.int32)[:, None].expand(256, 256).contiguous()
+    right = left.t().contiguous()
+    expected = BINARY[name](left, a[1], right, b[1], y[1])
+    check(run, name, [operand(left, a), operand(right, b)], y, expected)
+
+
 @quick
 @given(x=encodings(), y=encodings(), count=st.sampled_from([1, 63, 64, 65, 700]), seed=seeds)
 def test_table(run: Any, x: Any, y: Any, count: int, seed: int) -> None:
@@ -248,6 +267,17 @@ def test_layer_norm(run: Any, shape: Any, x: Any, y: Any, weighted: bool, biased
     check(run, "layer_norm", [operand(codes, x)], y, expected, [dims], 1e-5, [weight, bias], in_place=True)
 
 
+@pytest.mark.parametrize("columns", [3, 7, 8, 61, 95, 768])
+def test_layer_norm_to_the_last_bits(run: Any, columns: int) -> None:
+    x, y = (torch.uint8, QParams(0.0371, 117, 0, 255)), (torch.int16, QParams(1.3e-4, 5, -32768, 32767))
+    generator = torch.Generator().manual_seed(columns)
+    weight, bias = torch.randn(columns, generator=generator), torch.randn(columns, generator=generator)
+    codes = random_codes([4000 // columns + 20, columns], x[1], columns)
+    for arrays in ([weight, bias], [weight, None], [None, bias], [None, None]):
+        expected = layer_norm.layer_norm(codes, x[1], *arrays, y[1])
+        check(run, "layer_norm", [operand(codes, x)], y, expected, [1], 1e-5, arrays)
+
+
 @st.composite
 def windows(draw: Draw, dilated: bool) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
     kernel = [draw(st.integers(1, 4)) for _ in range(2)]
@@ -293,6 +323,15 @@ def test_avg_pool(run: Any, geometry: Any, channels: int, x: Any, y: Any, ceil: 
     codes = random_codes([2, channels, *sizes], x[1], seed)
     expected = pool.avg_pool(codes, x[1], y[1], kernel, stride, padding, ceil, include)
     ints = [*kernel, *stride, *padding, *dilation, int(include)]
+    check(run, "avg_pool", [operand(last_first(codes), x)], y, last_first(expected), ints)
+
+
+@pytest.mark.parametrize(("scale", "target"), [(0.1, 0.07), (0.3, 0.25), (0.7, 0.9)])
+def test_avg_pool_at_ties(run: Any, scale: float, target: float) -> None:
+    x, y = (torch.uint8, QParams(scale, 20, 0, 255)), (torch.uint8, QParams(target, 10, 0, 255))
+    codes = random_codes([1, 300, 30, 30], x[1], 11)
+    expected = pool.avg_pool(codes, x[1], y[1], [3, 2], 1)
+    ints = [3, 2, 1, 1, 0, 0, 0, 0, 1, 1, 1]
     check(run, "avg_pool", [operand(last_first(codes), x)], y, last_first(expected), ints)
 
 

@@ -1,6 +1,7 @@
 #include "elementwise.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "loops.h"
 #include "nest.h"
@@ -85,6 +86,32 @@ bool any_wide(const View& a, const View& b, const View& y) {
          width_of(y.type) != 1;
 }
 
+// Rows of few columns that all meet the same row of the other operand, as channels with a factor each: that row is
+// repeated, so that several rows are one. Calls function(BinaryRows).
+template <class Function>
+void join_rows(const View& a, const View& b, const View& y, const BinaryRows& r, const Function& function) {
+  constexpr int64_t few = 128, most = 1024;
+  const bool repeats_a = r.a_stride == 0 && r.a_step == 1 && r.b_stride == r.columns;
+  const bool repeats_b = r.b_stride == 0 && r.b_step == 1 && r.a_stride == r.columns;
+  if (r.columns > few || r.rows < 2 || r.y_stride != r.columns || (!repeats_a && !repeats_b)) return function(r);
+  const int64_t width = width_of(repeats_a ? a.type : b.type), bytes = r.columns * width;
+  const int64_t times = std::min(r.rows, most / r.columns);
+  uint16_t repeated[most];
+  for (int64_t i = 0; i < times; ++i) {
+    std::memcpy(reinterpret_cast<char*>(repeated) + i * bytes, repeats_a ? r.a : r.b, static_cast<size_t>(bytes));
+  }
+  BinaryRows joined = r;
+  joined.a_step = joined.b_step = 1;
+  joined.rows = 1;
+  for (int64_t row = 0; row < r.rows; row += times) {
+    joined.columns = std::min(times, r.rows - row) * r.columns;
+    joined.a = repeats_a ? repeated : at(r.a, a.type, row * r.columns);
+    joined.b = repeats_a ? at(r.b, b.type, row * r.columns) : repeated;
+    joined.y = at(r.y, y.type, row * r.columns);
+    function(joined);
+  }
+}
+
 using Loop8 = void (*)(const Type types[3], const Grid grids[3], const BinaryRows& rows);
 
 // `loop` is of 8-bit operands that are not `wide`, or null where the runtime has none.
@@ -94,11 +121,13 @@ void binary(const Loops& loops, const Threads& threads, Arithmetic op, Loop8 loo
   const Grid grids[] = {a.grid, b.grid, y.grid};
   const bool direct = loop != nullptr && !any_wide(a, b, y);
   for_rows(threads, a, b, y, [&](const BinaryRows& rows) {
-    if (direct) {
-      loop(types, grids, rows);
-    } else {
-      in_float(loops, op, a, b, y, rows);
-    }
+    join_rows(a, b, y, rows, [&](const BinaryRows& joined) {
+      if (direct) {
+        loop(types, grids, joined);
+      } else {
+        in_float(loops, op, a, b, y, joined);
+      }
+    });
   });
 }
 

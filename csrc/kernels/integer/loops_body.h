@@ -16,6 +16,14 @@ namespace {
 
 constexpr int64_t tile = 256;
 
+#if defined(__AVX512BW__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
 // Nan becomes low.
 inline float clamp(float v, float low, float high) {
   v = v > low ? v : low;
@@ -153,20 +161,43 @@ void prelu(const float* slope, int32_t step, int64_t n, float* x) {
   }
 }
 
+// `Bytes` of codes from `start` on.
+template <int Bytes, class Code>
+inline __attribute__((always_inline)) void maximum_block(const void* const* taps, int64_t count, int64_t start,
+                                                         Code* y) {
+  typedef Code Vector __attribute__((vector_size(Bytes)));
+  Vector most;
+  __builtin_memcpy(&most, static_cast<const Code*>(taps[0]) + start, sizeof most);
+  for (int64_t t = 1; t < count; ++t) {
+    Vector tap;
+    __builtin_memcpy(&tap, static_cast<const Code*>(taps[t]) + start, sizeof tap);
+    most = tap > most ? tap : most;
+  }
+  __builtin_memcpy(y + start, &most, sizeof most);
+}
+
+// All blocks; the last one overlaps the one before it, which does no harm to a maximum. Returns false if there is none.
+template <int Bytes, class Code>
+inline __attribute__((always_inline)) bool maximum_blocks(const void* const* taps, int64_t count, int64_t n, Code* y) {
+  constexpr int64_t size = Bytes / static_cast<int64_t>(sizeof(Code));
+  if (n < size) return false;
+  for (int64_t start = 0; start + size <= n; start += size) maximum_block<Bytes>(taps, count, start, y);
+  if (n % size != 0) maximum_block<Bytes>(taps, count, n - size, y);
+  return true;
+}
+
 void maximum(Type type, const void* const* taps, int64_t count, int64_t n, void* y) {
   with_type(type, [=](auto code) {
     using Code = decltype(code);
-    for (int64_t start = 0; start < n; start += tile) {
-      const int64_t size = n - start < tile ? n - start : tile;
-      Code most[tile];
-      const Code* first = static_cast<const Code*>(taps[0]) + start;
-      for (int64_t i = 0; i < size; ++i) most[i] = first[i];
+    auto* to = static_cast<Code*>(y);
+    if (maximum_blocks<vector_bytes>(taps, count, n, to) || maximum_blocks<16>(taps, count, n, to)) return;
+    for (int64_t i = 0; i < n; ++i) {
+      Code most = static_cast<const Code*>(taps[0])[i];
       for (int64_t t = 1; t < count; ++t) {
-        const Code* tap = static_cast<const Code*>(taps[t]) + start;
-        for (int64_t i = 0; i < size; ++i) most[i] = tap[i] > most[i] ? tap[i] : most[i];
+        const Code tap = static_cast<const Code*>(taps[t])[i];
+        most = tap > most ? tap : most;
       }
-      Code* to = static_cast<Code*>(y) + start;
-      for (int64_t i = 0; i < size; ++i) to[i] = most[i];
+      to[i] = most;
     }
   });
 }
@@ -224,8 +255,13 @@ void shares(const float exponentials[256], float sum, uint8_t share[256]) {
   QAT_INDEPENDENT
   for (int32_t i = 0; i < 256; ++i) {
     const float v = exponentials[i] * 256.0f / sum;
-    // an infinite product becomes the code of 0, as where the runtime converts it to an integer
-    const float finite = v <= 3.4028234663852886e38f ? v : 0.0f;
+    // an infinite product becomes the code of 0, as where the runtime converts it to an integer; compared as bits,
+    // because the compiler makes no vectors of the comparison of floats
+    int32_t bits;
+    __builtin_memcpy(&bits, &v, sizeof bits);
+    bits = bits < 0x7f800000 ? bits : 0;
+    float finite;
+    __builtin_memcpy(&finite, &bits, sizeof bits);
     share[i] = static_cast<uint8_t>(round_to_int(clamp(finite, 0.0f, 255.0f)));
   }
 }

@@ -25,44 +25,49 @@ int32_t quantize_one(float x, const Grid& y) {
          y.zero_point;
 }
 
+// What a row needs of its codes: the largest one, and the sum of their exponentials.
+struct RowSum {
+  int32_t largest;
+  float sum;
+};
+
 template <class Code>
-float largest_to_sum(const Code* x, int64_t length, int64_t stride, const float* exponentials, int32_t* largest) {
+RowSum sum_row(const Code* x, int64_t length, int64_t stride, const float* exponentials) {
   Code most = x[0];
   for (int64_t i = 1; i < length; ++i) most = std::max(most, x[i * stride]);
   const float* table = exponentials + 255 - most;
   float sum = 0.0f;
   for (int64_t i = 0; i < length; ++i) sum = sum + table[x[i * stride]];
-  *largest = most;
-  return sum;
+  return {most, sum};
 }
 
-// The same for several rows, `next` apart, of codes side by side.
+// Several rows, one behind the other.
 template <class Code>
-void largest_to_sums(const Code* x, int64_t next, int64_t length, const float* exponentials, int32_t* largest,
-                     float* sums) {
+void sum_rows(const Code* x, int64_t length, const float* exponentials, RowSum* rows) {
   const float* tables[rows_at_once];
   for (int64_t r = 0; r < rows_at_once; ++r) {
-    const Code* row = x + r * next;
+    const Code* row = x + r * length;
     Code most = row[0];
     for (int64_t i = 1; i < length; ++i) most = std::max(most, row[i]);
-    largest[r] = most;
+    rows[r].largest = most;
     tables[r] = exponentials + 255 - most;
   }
-  float totals[rows_at_once] = {};
+  float sums[rows_at_once] = {};
   for (int64_t i = 0; i < length; ++i) {
-    for (int64_t r = 0; r < rows_at_once; ++r) totals[r] = totals[r] + tables[r][x[r * next + i]];
+    for (int64_t r = 0; r < rows_at_once; ++r) sums[r] = sums[r] + tables[r][x[r * length + i]];
   }
-  std::copy(totals, totals + rows_at_once, sums);
+  for (int64_t r = 0; r < rows_at_once; ++r) rows[r].sum = sums[r];
 }
 
 // One row: the result of every code that it can have, then one lookup a code.
 template <class Code>
 void write_row(const Loops& loops, const SoftmaxTable& table, const Code* x, int64_t length, int64_t stride,
-               int32_t largest, float sum, uint8_t* y) {
+               const RowSum& row, uint8_t* y) {
   uint8_t shares[256], codes[256];
-  loops.shares(table.exponentials, sum, shares);
+  loops.shares(table.exponentials, row.sum, shares);
   loops.lookup(table.result, shares, 256, shares);
   // entry i of `shares` is for the code i - 255 + largest, whose byte are its low bits
+  const int32_t largest = row.largest;
   if (largest >= 0) std::memcpy(codes, shares + 255 - largest, static_cast<size_t>(largest) + 1);
   if (std::is_signed_v<Code>) {
     std::memcpy(codes + 128, shares + 127 - largest, static_cast<size_t>(std::min(largest, -1) + 129));
@@ -80,19 +85,17 @@ void softmax8(const Loops& loops, const Threads& threads, const View& x, int64_t
   parallel(threads, x.count() / length, length * 2 + 256, [&](int64_t begin, int64_t end) {
     int64_t row = begin;
     for (; inner == 1 && row + rows_at_once <= end; row += rows_at_once) {
-      int32_t largest[rows_at_once];
-      float sums[rows_at_once];
-      largest_to_sums(from + row * length, length, length, table.exponentials, largest, sums);
+      RowSum sums[rows_at_once];
+      sum_rows(from + row * length, length, table.exponentials, sums);
       for (int64_t r = 0; r < rows_at_once; ++r) {
         const int64_t offset = (row + r) * length;
-        write_row(loops, table, from + offset, length, 1, largest[r], sums[r], to + offset);
+        write_row(loops, table, from + offset, length, 1, sums[r], to + offset);
       }
     }
     for (; row < end; ++row) {
       const int64_t offset = row / inner * inner * length + row % inner;
-      int32_t largest;
-      const float sum = largest_to_sum(from + offset, length, inner, table.exponentials, &largest);
-      write_row(loops, table, from + offset, length, inner, largest, sum, to + offset);
+      const RowSum sum = sum_row(from + offset, length, inner, table.exponentials);
+      write_row(loops, table, from + offset, length, inner, sum, to + offset);
     }
   });
 }
