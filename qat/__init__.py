@@ -6,7 +6,7 @@ from qat.encoding import Encoding, Encodings
 from qat.errors import QatError
 from qat.export.model import export_onnx
 from qat.graph.plan import Plan
-from qat.graph.prepare import plan, prepare
+from qat.graph.prepare import optimize_for_training, plan, prepare
 from qat.graph.prepared import PreparedModel
 from qat.integer.model import IntegerModel, convert
 from qat.scheme import Granularity, ObserverSpec, Scheme
@@ -34,6 +34,7 @@ __all__ = [
     "convert",
     "export_onnx",
     "load_target",
+    "optimize_for_training",
     "plan",
     "prepare",
 ]

@@ -4,7 +4,7 @@
 #ifdef __AVX2__
 #include <immintrin.h>
 
-#include "training_loops.h"
+#include "norm_loops.h"
 
 namespace qat {
 namespace {
@@ -57,6 +57,7 @@ struct Vector {
     const __m256i full = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(a), exponent), exponent);
     return _mm256_castsi256_ps(_mm256_xor_si256(full, _mm256_set1_epi32(-1)));
   }
+  static Mask less(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static Mask equal(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
   static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
   static Float keep(Mask mask, Float a) { return _mm256_and_ps(a, mask); }

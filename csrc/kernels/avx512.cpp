@@ -4,7 +4,7 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include <immintrin.h>
 
-#include "training_loops.h"
+#include "norm_loops.h"
 
 namespace qat {
 namespace {
@@ -38,6 +38,7 @@ struct Vector {
   static Float round(Float a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Mask ordered(Float a) { return _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q); }
   static Mask finite(Float a) { return static_cast<Mask>(~_mm512_fpclass_ps_mask(a, 0x99)); }  // both nan, both inf
+  static Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
   static Mask both(Mask a, Mask b) { return static_cast<Mask>(a & b); }
   static Float keep(Mask mask, Float a) { return _mm512_maskz_mov_ps(mask, a); }

@@ -50,6 +50,36 @@ struct TypedKernels {
                        const float* zero_point, Range range);
 };
 
+// Steps of a pass of norm.h: clamp to [low, high], then fake-quantize if `quantize`.
+struct NormSteps {
+  float low, high;
+  bool quantize;
+  float scale, zero_point;
+  Range codes;
+};
+
+struct NormKernels {
+  // y[i] = steps of x[i] * factor + shift, and bit i of `bits` (may be null) that it lies strictly inside the bounds and the
+  // codes; y may be x.
+  void (*norm_run)(const float* x, float* y, uint8_t* bits, int64_t n, float factor, float shift,
+                   const NormSteps& steps);
+  void (*norm_each)(const float* x, float* y, uint8_t* bits, int64_t n, const float* factor, const float* shift,
+                    const NormSteps& steps);
+  // Adds to the sums and sums of squares and widens the extrema: of every column of (rows, channels), and of one run.
+  void (*moments_rows)(const float* x, int64_t rows, int64_t channels, double* sum, double* square, float* low,
+                       float* high);
+  void (*moments_run)(const float* x, int64_t n, double* sum, double* square, float* low, float* high);
+  // Adds g and g * x.
+  void (*products_rows)(const float* g, const float* x, int64_t rows, int64_t channels, double* sum, double* product);
+  void (*products_run)(const float* g, const float* x, int64_t n, double* sum, double* product);
+  // dx[i] = g[i] * factor + ((x[i] - center) * slope + offset)
+  void (*gradient_run)(const float* g, const float* x, float* dx, int64_t n, float factor, float slope, float center,
+                       float offset);
+  void (*gradient_each)(const float* g, const float* x, float* dx, int64_t n, const float* factor, const float* slope,
+                        const float* center, const float* offset);
+  void (*add_run)(const float* x, const float* other, float* y, int64_t n);
+};
+
 struct Kernels {
   const char* isa;
   // The sum of x in an order that only n decides, and sum[i] += x[i].
@@ -57,6 +87,7 @@ struct Kernels {
   void (*sum_each)(const float* x, int64_t n, double* sum);
   TypedKernels<float> f32;
   TypedKernels<uint16_t> bf16;
+  NormKernels norm;
 };
 
 // One for each source file; null where the file was not compiled for this architecture.

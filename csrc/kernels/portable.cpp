@@ -1,7 +1,7 @@
 // For every processor: the vectors of gcc and clang, which become whatever the architecture's baseline has.
 //
 // They have 16 bytes, because gcc takes wider ones apart into single elements where the processor has none.
-#include "training_loops.h"
+#include "norm_loops.h"
 
 namespace qat {
 namespace {
@@ -68,6 +68,7 @@ struct Vector {
   static Mask finite(Float x) {
     return {(pattern(x.a) & 0x7f800000) != 0x7f800000, (pattern(x.b) & 0x7f800000) != 0x7f800000};
   }
+  static Mask less(Float x, Float y) { return {x.a < y.a, x.b < y.b}; }
   static Mask equal(Float x, Float y) { return {x.a == y.a, x.b == y.b}; }
   static Mask both(Mask x, Mask y) { return {x.a & y.a, x.b & y.b}; }
   static Float keep(Mask mask, Float x) { return {number(pattern(x.a) & mask.a), number(pattern(x.b) & mask.b)}; }

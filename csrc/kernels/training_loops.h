@@ -307,10 +307,5 @@ constexpr TypedKernels<T> typed_kernels() {
           &bins_run<V, T>,      &multiply_each<V, T>, &divide_each<V, T>, &learned_run<V, T>, &learned_each<V, T>};
 }
 
-template <class V>
-constexpr Kernels all_kernels(const char* isa) {
-  return {isa, &sum_run, &sum_each, typed_kernels<V, float>(), typed_kernels<V, uint16_t>()};
-}
-
 }  // namespace
 }  // namespace qat

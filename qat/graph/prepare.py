@@ -67,6 +67,7 @@ def prepare(
     *,
     target: Target,
     scheme: Schemes | Mapping[str, Any] | None = None,
+    fused: bool = True,
 ) -> PreparedModel:
     """Return a trainable copy of a model with fake quantization at the planned places.
 
@@ -74,7 +75,12 @@ def prepare(
     gets one fake-quantizer. All parameters and buffers exist with their final shapes. The phase is `float` until
     `calibrate`.
 
-    Args and Raises: as `plan`; and PlanError where a member of the model has a name that `PreparedModel` needs.
+    Args:
+        model: As for `plan`, as are `example_inputs`, `target` and `scheme`.
+        fused: Call `optimize_for_training` on the result.
+
+    Raises:
+        PlanError: A member of the model has a name that `PreparedModel` needs; and all that `plan` raises.
     """
     root = _copy(model)
     modes = {module: module.training for module in root.modules()}
@@ -91,7 +97,25 @@ def prepare(
     prepared = PreparedModel(root, traced.graph, found.opgraph, found.plan, quantizers, dtypes, traced.structure)
     for module in prepared.modules():
         module.training = modes.get(module, root.training)
-    return prepared
+    return optimize_for_training(prepared) if fused else prepared
+
+
+def optimize_for_training(qmodel: PreparedModel, enabled: bool = True) -> PreparedModel:
+    """Let a prepared model run batch norm, additions, activations and their fake quantization in fused passes.
+
+    Results and gradients are those of the single modules up to the rounding of float32, and so is the state, which does
+    not tell whether a model was fused. The passes are native (see `qat.native.status`); where one has no such form,
+    under hooks, autocast or `torch.compile`, on other devices and dtypes, the modules are called.
+
+    Args:
+        qmodel: The model, which is changed.
+        enabled: False: call the modules one by one.
+
+    Returns:
+        The model.
+    """
+    qmodel.fused = enabled
+    return qmodel
 
 
 def _input_dtypes(found: _Analysis) -> dict[str, torch.dtype]:
@@ -260,4 +284,4 @@ def _owner(name: str, made: Plan) -> str | None:
     return e.quantizer if e.decision == "integer" else None
 
 
-__all__ = ["plan", "prepare"]
+__all__ = ["optimize_for_training", "plan", "prepare"]

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from qat.encoding import Encoding, Encodings
 from qat.errors import EncodingError, PlanError, StateError
+from qat.graph.fuse import fuse
 from qat.graph.opgraph import OpGraph
 from qat.graph.plan import Plan
 from qat.graph.state import check_state, check_tensors
@@ -29,7 +30,7 @@ from qat.quantizers.phases import (
 
 QUANTIZERS = "quantizers"
 _OWN_ATTRIBUTES = frozenset(
-    {QUANTIZERS, "opgraph", "plan", "input_dtypes", "structure", "samples", "_frozen", "_graph", "_run"}
+    {QUANTIZERS, "opgraph", "plan", "input_dtypes", "structure", "samples", "_frozen", "_graph", "_fused", "_run"}
 )
 PHASES: Mapping[str, Phase] = {"float": FLOAT, "observe": OBSERVE, "quantize": QUANTIZE, "track": TRACK}
 
@@ -88,12 +89,26 @@ class PreparedModel(nn.Module):
         self.training = root.training
         self._frozen: tuple[str, ...] = ()
         self._graph = graph
+        self._fused = False
         self._run = _compile(graph)
 
     @property
     def graph(self) -> fx.Graph:
-        """The torch.fx graph that `forward` executes."""
+        """The torch.fx graph that `forward` executes, one call an operator."""
         return self._graph
+
+    @property
+    def fused(self) -> bool:
+        """Whether `forward` executes the fused form of `graph` (see `qat.optimize_for_training`)."""
+        return self._fused
+
+    @fused.setter
+    def fused(self, fused: bool) -> None:
+        self._fused = fused
+        self._compile()
+
+    def _compile(self) -> None:
+        self._run = _compile(fuse(self._graph, self) if self._fused else self._graph)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model with fake quantization, as the current phase says."""
@@ -109,7 +124,7 @@ class PreparedModel(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._run = _compile(self._graph)
+        self._compile()
 
     def get_extra_state(self) -> Tensor:
         """Names of the frozen batch norms, as a tensor."""

@@ -127,7 +127,7 @@ class FakeQuantize(Quantizer):
             and is_for_native(x, self.scheme.granularity)
             and self.scale.numel() == (1 if self.rule.axis is None else x.shape[self.rule.axis])
             and self.scale.device.type == "cpu"
-            and not _is_distributed()
+            and not is_distributed()
         )
 
     @torch.no_grad()
@@ -220,13 +220,14 @@ class FakeQuantize(Quantizer):
         return StateError(f"{self.name!r} has no range yet", "calibrate the model first")
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
+    """Tell whether this process is one of several."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _range_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return the widest range over the processes of the default group; nan where any has nan."""
-    if not _is_distributed():
+    if not is_distributed():
         return low, high
     # a maximum need not carry nan over, but infinity it does, and both keep the batch out of the average
     both = torch.nan_to_num(torch.stack([-low, high]), nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)

@@ -1,0 +1,98 @@
+"""The fused form of a prepared graph: fewer passes over memory, the same results up to the rounding of float32."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from qat.quantizers import FakeQuantize
+from qat.quantizers.fused import activation_bounds, add_fake_quantize, has_norm_pass, norm_fake_quantize
+
+_FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
+_ADDITIONS = frozenset({operator.add, operator.iadd, torch.add})
+
+
+def fuse(graph: fx.Graph, root: nn.Module) -> fx.Graph:
+    """Return a copy of a prepared graph in which fused calls replace chains of single calls.
+
+    A chain is a batch norm or an addition, an activation that clamps (or none), and the quantizer of the result, where
+    each has one reader. The fused calls get the modules themselves, so the state stays where it was.
+
+    Args:
+        graph: Of a prepared model.
+        root: The model, for its modules.
+    """
+    fused = fx.Graph()
+    made = fused.graph_copy(graph, {}, return_output_node=True)
+    # graph_copy leaves the output to its caller
+    assert isinstance(made, tuple)
+    fused.output(made[0])
+    for node in list(fused.nodes):
+        if node.op == "call_module" and isinstance(_module(root, node), FakeQuantize):
+            _fuse_into(fused, node, root)
+    fused.lint()
+    return fused
+
+
+def _fuse_into(graph: fx.Graph, quantizer: fx.Node, root: nn.Module) -> None:
+    """Replace the chain that ends in a quantizer's call, if it is one."""
+    # what a tied or constant tensor's quantizer is told besides is not for the fused calls
+    if len(quantizer.args) != 1 or quantizer.kwargs:
+        return
+    last = quantizer.args[0]
+    if not _has_one_reader(last):
+        return
+    activation, first = _activation(last, root)
+    head = first if first is not None and _has_one_reader(first) else None
+    if head is None:
+        activation, head = None, last
+    operands = _operands(head, root)
+    if operands is None:
+        return
+    function, inputs = operands
+    with graph.inserting_before(quantizer):
+        arguments = [i if isinstance(i, fx.Node) else graph.get_attr(i) for i in inputs]
+        passed = activation if activation is None or activation in _FUNCTIONS.values() else graph.get_attr(activation)
+        call = graph.call_function(function, (*arguments, passed, graph.get_attr(str(quantizer.target))))
+    call.meta = dict(quantizer.meta)
+    quantizer.replace_all_uses_with(call)
+    graph.erase_node(quantizer)
+    for node in dict.fromkeys((last, head)):
+        graph.erase_node(node)
+
+
+def _has_one_reader(node: object) -> bool:
+    return isinstance(node, fx.Node) and len(node.users) == 1
+
+
+def _module(root: nn.Module, node: fx.Node) -> nn.Module:
+    return root.get_submodule(str(node.target))
+
+
+def _activation(node: Any, root: nn.Module) -> tuple[str | None, fx.Node | None]:
+    """Return a function's name or a module's path, and what it reads; (None, None) for no activation."""
+    if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or not set(node.kwargs) <= {"inplace"}:
+        return None, None
+    if node.op == "call_function" and node.target in _FUNCTIONS:
+        return _FUNCTIONS[node.target], node.args[0]
+    if node.op == "call_method" and node.target in ("relu", "relu_"):
+        return "relu", node.args[0]
+    if node.op == "call_module" and not has_norm_pass(module := _module(root, node)):
+        return (str(node.target), node.args[0]) if activation_bounds(module) is not None else (None, None)
+    return None, None
+
+
+def _operands(node: Any, root: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+    """Return the fused function of a chain's head, and what it reads: nodes, and paths of modules."""
+    if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and has_norm_pass(_module(root, node)):
+        return norm_fake_quantize, (node.args[0], str(node.target))
+    is_sum = node.op == "call_function" and node.target in _ADDITIONS
+    is_sum = is_sum or (node.op == "call_method" and node.target in ("add", "add_"))
+    if is_sum and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args):
+        return add_fake_quantize, tuple(node.args)
+    return None
