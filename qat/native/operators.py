@@ -1,8 +1,8 @@
 """Fake quantization on a given grid, and what all native operators share.
 
-The functions of this package need `qat.native.status().active`. They take CPU tensors of float32 or bfloat16 (computed in
-float32) in any layout; dense ones, such as contiguous and channels_last, are read in place. Results have the same bits for every
-number of threads and every instruction set. Errors are RuntimeError with the cause.
+The functions of this package need `qat.native.status().active`. They take CPU tensors of float32 or bfloat16 (computed
+in float32) in any layout; dense ones, such as contiguous and channels_last, are read in place. Results have the same
+bits for every number of threads and every instruction set. Errors are RuntimeError with the cause.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def cases(draw: st.DrawFn) -> tuple[FakeQuantize, list[Tensor]]:
     seed = draw(st.integers(0, 2**31))
     layout = draw(st.sampled_from(["contiguous", "permuted", "strided"]))
     batches = [
-        make(shape, layout, dtype, seed + i, draw(st.sampled_from([0.0, 0.0, 0.05]))) for i in range(draw(st.integers(1, 4)))
+        make(shape, layout, dtype, seed + i, draw(st.sampled_from([0.0, 0.0, 0.05])))
+        for i in range(draw(st.integers(1, 4)))
     ]
     axis = draw(st.sampled_from([None, 1, -1, 0]))
     scheme = Scheme(
