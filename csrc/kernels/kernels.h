@@ -85,6 +85,9 @@ struct Kernels {
   // The sum of x in an order that only n decides, and sum[i] += x[i].
   double (*sum_run)(const float* x, int64_t n);
   void (*sum_each)(const float* x, int64_t n, double* sum);
+  // The sum of jumps[i] F(points[i]), F the primitive of the squared error of a grid with zero on it, a step of `scale` and
+  // the codes [low, high] around zero; in an order that only n decides (qat/observers/clipping.py).
+  double (*clip_error)(const double* points, const double* jumps, int64_t n, double scale, double low, double high);
   TypedKernels<float> f32;
   TypedKernels<uint16_t> bf16;
   NormKernels norm;

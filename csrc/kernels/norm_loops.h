@@ -217,7 +217,7 @@ constexpr NormKernels norm_kernels() {
 
 template <class V>
 constexpr Kernels all_kernels(const char* isa) {
-  return {isa, &sum_run, &sum_each, typed_kernels<V, float>(), typed_kernels<V, uint16_t>(), norm_kernels<V>()};
+  return {isa, &sum_run, &sum_each, &clip_error, typed_kernels<V, float>(), typed_kernels<V, uint16_t>(), norm_kernels<V>()};
 }
 
 }  // namespace

@@ -307,5 +307,30 @@ constexpr TypedKernels<T> typed_kernels() {
           &bins_run<V, T>,      &multiply_each<V, T>, &divide_each<V, T>, &learned_run<V, T>, &learned_each<V, T>};
 }
 
+inline double clip_error(const double* points, const double* jumps, int64_t n, double scale, double low, double high) {
+  constexpr int lanes = 8;
+  // added to a double below 2^51 and taken off again, it rounds half to even
+  constexpr double to_integer = 0x1.8p52;
+  const double inverse = 1.0 / scale, cube = scale * scale * scale / 12.0, third = 1.0 / 3.0;
+  const auto primitive = [=](double t) {
+    double k = t * inverse;
+    k = k < low ? low : k;
+    k = k > high ? high : k;
+    k = (k + to_integer) - to_integer;
+    const double r = t - k * scale;
+    return r * r * r * third + k * cube;
+  };
+  double sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int k = 0; k < lanes; ++k) sums[k] += primitive(points[i + k]) * jumps[i + k];
+  }
+  for (int k = 0; i + k < n; ++k) sums[k] += primitive(points[i + k]) * jumps[i + k];
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  }
+  return sums[0];
+}
+
 }  // namespace
 }  // namespace qat

@@ -84,12 +84,27 @@ def fake_quantize_histogram(
     return straight_through(operator, x, scale, zero_point, qmin, qmax, *state, mantissa_bits)
 
 
+def clip_errors(points: Tensor, jumps: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the squared error of densities on grids, (C, K), float64; `qat.observers.clipping` has the formula.
+
+    Args:
+        points: Where the densities jump, (C, P), float64.
+        jumps: Elements per unit left of each point less those right of it, likewise.
+        scale: Of K grids for each density, (C, K), float64, positive.
+        low: Smallest codes less the zero point, likewise.
+        high: Largest codes less the zero point, likewise.
+    """
+    out: Tensor = torch.ops.qat.clip_errors(points, jumps, scale, low, high)
+    return out
+
+
 def register() -> None:
     """Register fake kernels, once, after the library is loaded."""
     torch.library.register_fake("qat::observe_minmax", fake_extrema)
     torch.library.register_fake("qat::observe_range", _nothing)
     torch.library.register_fake("qat::observe_histogram", _nothing)
     torch.library.register_fake("qat::fake_quantize_histogram_forward", _fake_histogram)
+    torch.library.register_fake("qat::clip_errors", _fake_errors)
 
 
 def _nothing(*_: object) -> None:
@@ -110,3 +125,7 @@ def _fake_histogram(
     with_mask: bool = True,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(((x.numel() + 7) // 8 if with_mask else 0,), dtype=torch.uint8)
+
+
+def _fake_errors(points: Tensor, jumps: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.empty_like(scale)

@@ -1,8 +1,8 @@
 """Fake quantization on a given grid, and what all native operators share.
 
-The functions of this package need `qat.native.status().active`. They take CPU tensors of float32 or bfloat16 (computed in
-float32) in any layout; dense ones, such as contiguous and channels_last, are read in place. Results have the same bits for every
-number of threads and every instruction set. Errors are RuntimeError with the cause.
+The functions of this package need `qat.native.status().active`. They take CPU tensors of float32 or bfloat16 (computed
+in float32) in any layout; dense ones, such as contiguous and channels_last, are read in place. Results have the same
+bits for every number of threads and every instruction set. Errors are RuntimeError with the cause.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ def fake_quantize(
         qmax: Largest code, at most 2**23.
         axis: Dimension of the channels; None for per-tensor.
     """
-    out: Tensor = torch.ops.qat.fake_quantize_forward(
-        x, scale, zero_point, qmin, qmax, axis_of(x, axis), torch.is_grad_enabled() and x.requires_grad
-    )[0]
-    return out
+    operator = torch.ops.qat.fake_quantize_forward.default
+    return straight_through(operator, x, scale, zero_point, qmin, qmax, axis_of(x, axis))
 
 
 def fake_quantize_observe(
@@ -54,22 +52,33 @@ def axis_of(x: Tensor, axis: int | None) -> int:
 def straight_through(operator: Any, x: Tensor, *arguments: Any) -> Tensor:
     """Return what an operator makes of `x`, with the gradient straight through the range mask that it also returns.
 
+    A gradient that is registered with the operator does the same, where there is one (an operator that changes its
+    arguments has none), but takes five times as long to call, which shows in networks of small layers.
+
     Args:
-        operator: Of torch.ops.qat, without a gradient of its own; its last argument asks for the mask.
+        operator: Of torch.ops.qat; its last argument asks for the mask.
         x: Its first argument, the only one that gets a gradient.
         arguments: The others, without the last one.
     """
     if torch.is_grad_enabled() and x.requires_grad:
         out: Tensor = _StraightThrough.apply(x, operator, arguments)  # type: ignore[no-untyped-call]
         return out
-    result: Tensor = operator(x, *arguments, False)[0]
+    result: Tensor = _below_autograd(operator, x, *arguments, False)[0]
     return result
+
+
+def _below_autograd(operator: Any, *arguments: Any) -> Any:
+    """Call an operator whose gradient somebody else takes care of."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
 
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, operator: Any, arguments: tuple[Any, ...]) -> Tensor:
-        y, mask_bits = operator(x, *arguments, True)
+        y, mask_bits = _below_autograd(operator, x, *arguments, True)
         ctx.save_for_backward(mask_bits)
         # the bits are in the order of memory of the output
         ctx.strides = y.stride()
@@ -78,7 +87,10 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask_bits,) = ctx.saved_tensors
-        return torch.ops.qat.fake_quantize_backward(grad, mask_bits, ctx.strides), None, None
+        operator = torch.ops.qat.fake_quantize_backward.default
+        if torch.is_grad_enabled():  # the gradient is to have a gradient
+            return operator(grad, mask_bits, ctx.strides), None, None
+        return _below_autograd(operator, grad, mask_bits, ctx.strides), None, None
 
 
 def register() -> None:

@@ -42,9 +42,7 @@ class MovingAverageObserver(Observer):
             state.copy_(torch.where(absent, state, torch.where(first, batch, moved)))
 
     def _update_natively(self, x: Tensor) -> None:
-        native.observe_range(
-            x, self.min_val, self.max_val, self.nonfinite, self._native_axis, self.options["momentum"]
-        )
+        native.observe_range(x, self.min_val, self.max_val, self.nonfinite, self._native_axis, self.options["momentum"])
 
     def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return self.min_val.cpu().to(torch.float64), self.max_val.cpu().to(torch.float64)

@@ -117,7 +117,9 @@ class WeightFakeQuantize(Quantizer):
         if not self._bn or self._bn[0].running_var is None:
             return None
         bn = self._bn[0]
-        root = torch.sqrt(self._bn[0].running_var.detach().to(torch.float32) + bn.eps)
+        variance = self._bn[0].running_var.detach().to(torch.float32) + bn.eps
+        # torch's float32 root may be off by one bit, the float64 one rounded to float32 never is
+        root = torch.sqrt(variance.to(torch.float64)).to(torch.float32)
         if bn.weight is None:
             return 1.0 / root
         gamma = bn.weight.detach().to(torch.float32)
@@ -166,10 +168,10 @@ class WeightFakeQuantize(Quantizer):
         """Tell whether the native extension has this case; what is wrong is left to the other path."""
         if not is_for_native(weight, self.scheme.granularity) or not (self.follows or self.ready):
             return False
-        for tensor in (*((bn.weight, bn.running_var) for bn in self._bn), (self.scale,)):
-            if not all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensor):
-                return False
-        return True
+        tensors = [t for bn in self._bn for t in (bn.weight, bn.running_var) if t is not None]
+        if not self.follows:
+            tensors.append(self.scale)
+        return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
 
     def _native_factor(self) -> native.BatchNormFactor | None:
         if not self._bn or self._bn[0].running_var is None:
