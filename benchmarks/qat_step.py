@@ -1,11 +1,11 @@
 """A training step of quantization-aware training against a float one: time and peak memory.
 
-Every variant trains the same network on the same batch: forward, loss, backward, SGD with momentum. Each is timed in both memory
-formats and counts with its better one. All run in this process, in interleaved rounds; the numbers are medians, the
-ratios count. Peak memory is that of a child process a variant, above what the process holds before its first step.
+Every variant trains the same network on the same batch: forward, loss, backward, SGD with momentum. Each is timed in
+both memory formats and counts with its better one. All run in this process, in interleaved rounds; the numbers are
+medians, the ratios count. Peak memory is that of a child process a variant, above what it holds before its first step.
 
-    python benchmarks/qat_step.py [--networks mobilenet_v2 resnet18] [--batch 16] [--size 128] [--threads 2] [--rounds 9]
-                                  [--compile] [--json FILE]
+    python benchmarks/qat_step.py [--networks mobilenet_v2 resnet18] [--batch 16] [--size 128] [--threads 2]
+                                  [--rounds 9] [--compile] [--json FILE]
 
 torch.ao is measured as it stands in torch, Brevitas where it is installed.
 """
@@ -77,7 +77,8 @@ def make_step(network: str, variant: str, channels_last: bool, args: argparse.Na
         warnings.simplefilter("ignore")
         trained = VARIANTS[variant](copy.deepcopy(model), images).train()
     if channels_last:
-        trained, images = trained.to(memory_format=torch.channels_last), images.contiguous(memory_format=torch.channels_last)
+        trained = trained.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(trained.parameters(), lr=0.01, momentum=0.9)
     run: Any = torch.compile(trained) if args.compile else trained
 
@@ -95,7 +96,7 @@ def peak(network: str, variant: str, args: argparse.Namespace) -> float:
     """Return by how many MiB a process grows beyond its size before the first step, at most, in three steps."""
     command = [sys.executable, __file__, "--networks", network, "--child", variant]
     command += ["--batch", str(args.batch), "--size", str(args.size), "--threads", str(args.threads)]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - this very file
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(answer.stdout.split()[-1])
 
 
@@ -153,7 +154,8 @@ def main() -> None:
     if args.child:
         child(args.networks[0], args.child, args)
         return
-    print(f"torch {torch.__version__}, native: {native.status()}, {args.threads} threads, batch {args.batch}, {args.size}²\n")
+    print(f"torch {torch.__version__}, native: {native.status()}, {args.threads} threads")
+    print(f"batch {args.batch}, {args.size}²\n")
     print("| network | step | ms | ÷ float | peak memory ÷ float |\n| --- | --- | --- | --- | --- |")
     rows: list[dict[str, Any]] = []
     for network in args.networks:

@@ -58,7 +58,8 @@ class Parts {
 template <class Rows, class Stretch>
 void over_channels(const Layout& layout, int64_t begin, int64_t end, const Rows& rows, const Stretch& stretch) {
   if (layout.inner != 1 || layout.channels == 1) {
-    over_runs(layout, begin, end, [&](int64_t channel, int64_t from, int64_t to) { stretch(from, channel, to - from); });
+    over_runs(layout, begin, end,
+              [&](int64_t channel, int64_t from, int64_t to) { stretch(from, channel, to - from); });
     return;
   }
   const int64_t channels = layout.channels;

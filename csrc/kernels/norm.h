@@ -10,7 +10,8 @@ struct Moments {
   double *sum, *square;
   float *low, *high;  // smallest and largest values
 };
-void channel_moments(const Kernels& kernels, ParallelFor parallel, const float* x, Layout layout, const Moments& moments);
+void channel_moments(const Kernels& kernels, ParallelFor parallel, const float* x, Layout layout,
+                     const Moments& moments);
 
 // What happens to x: v = x * factor + shift, by channel; clamped to `bounds`; fake-quantized where `grid` is given.
 struct NormPass {

@@ -47,7 +47,8 @@ inline EachAffine tail(const EachAffine& affine, int64_t i, int64_t rest, float*
 }
 
 template <class V, bool Quantize, class Affine>
-inline void norm_loop(const float* x, float* y, uint8_t* bits, int64_t n, const Affine& affine, const NormSteps& steps) {
+inline void norm_loop(const float* x, float* y, uint8_t* bits, int64_t n, const Affine& affine,
+                      const NormSteps& steps) {
   const auto low = V::set(steps.low), high = V::set(steps.high);
   const auto scale = V::set(steps.scale), zero_point = V::set(steps.zero_point);
   const auto first = V::set(steps.codes.low), last = V::set(steps.codes.high);
@@ -90,7 +91,7 @@ void norm_each(const float* x, float* y, uint8_t* bits, int64_t n, const float* 
   steps.quantize ? norm_loop<V, true>(x, y, bits, n, affine, steps) : norm_loop<V, false>(x, y, bits, n, affine, steps);
 }
 
-// The compiler makes vectors of what follows; the order of the additions is written out, so every instruction set has it.
+// The compiler makes vectors of what follows; the order of the additions is written out, the same everywhere.
 
 inline float lower(float a, float b) { return a < b ? a : b; }
 inline float higher(float a, float b) { return a > b ? a : b; }
@@ -217,7 +218,8 @@ constexpr NormKernels norm_kernels() {
 
 template <class V>
 constexpr Kernels all_kernels(const char* isa) {
-  return {isa, &sum_run, &sum_each, &clip_error, typed_kernels<V, float>(), typed_kernels<V, uint16_t>(), norm_kernels<V>()};
+  return {isa, &sum_run, &sum_each, &clip_error, typed_kernels<V, float>(), typed_kernels<V, uint16_t>(),
+          norm_kernels<V>()};
 }
 
 }  // namespace

@@ -13,7 +13,12 @@ constexpr float inf = std::numeric_limits<float>::infinity();
 
 void check_float(const Tensor& x, const char* name) {
   check_cpu(x, name);
-  check(x.scalar_type() == ScalarType::Float, std::string(name) + " is not float32; convert it, or use the PyTorch path");
+  check(x.scalar_type() == ScalarType::Float,
+        std::string(name) + " is not float32; convert it, or use the PyTorch path");
+}
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
 }
 
 std::vector<float> by_channel(const OptionalTensor& given, const char* name, int64_t count, float missing) {
@@ -86,7 +91,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize_forward(
     OptionalTensor high, OptionalTensor scale, OptionalTensor zero_point, OptionalTensor tracked, bool track,
     double average, int64_t qmin, int64_t qmax, bool symmetric, int64_t middle, bool power_of_two, bool with_mask) {
   check_float(x, "x");
-  check(x.dim() >= 2 && x.numel() > 0, "x of shape " + shape_of(x) + " has no channels or no elements; give (N, C, ...)");
+  check(x.dim() >= 2 && x.numel() > 0,
+        "x of shape " + shape_of(x) + " has no channels or no elements; give (N, C, ...)");
   const Quantizer quantizer(low, high, scale, zero_point, tracked, track, average, qmin, qmax, symmetric, middle,
                             power_of_two);
   const int64_t channels = x.size(1), n = x.numel() / channels;
@@ -128,7 +134,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize_forward(
       move(running_var, spread * count / (count - 1.0));
     }
   } else {
-    const float *const held = running_mean->const_data_ptr<float>(), *const spread = running_var->const_data_ptr<float>();
+    const float* const held = running_mean->const_data_ptr<float>();
+    const float* const spread = running_var->const_data_ptr<float>();
     for (int64_t c = 0; c < channels; ++c) {
       means[c] = held[c];
       inverses[c] = 1.0f / std::sqrt(spread[c] + static_cast<float>(eps));
@@ -161,13 +168,14 @@ std::tuple<Tensor, Tensor, Tensor> norm_quantize_backward(Tensor grad, Tensor x,
                                                           bool with_parameters) {
   check_float(grad, "grad");
   check_float(x, "x");
-  check(grad.dim() == x.dim() && std::equal(grad.sizes().begin(), grad.sizes().end(), x.sizes().begin()) && x.dim() >= 2 &&
-            x.numel() > 0,
-        "grad of shape " + shape_of(grad) + " does not fit x of shape " + shape_of(x) + "; give those of one forward pass");
+  check(same_shape(grad, x) && x.dim() >= 2 && x.numel() > 0, "grad of shape " + shape_of(grad) +
+                                                                   " does not fit x of shape " + shape_of(x) +
+                                                                   "; give those of one forward pass");
   check_cpu(mask_bits, "mask_bits");
   check(mask_bits.scalar_type() == ScalarType::Byte && mask_bits.is_contiguous() &&
             mask_bits.numel() == (x.numel() + 7) / 8,
-        "mask_bits does not fit x of shape " + shape_of(x) + "; give what the forward pass returned with with_mask=True");
+        "mask_bits does not fit x of shape " + shape_of(x) +
+            "; give what the forward pass returned with with_mask=True");
   const int64_t channels = x.size(1);
   const auto size = static_cast<size_t>(channels);
   const std::vector<float> weight = by_channel(gamma, "gamma", channels, 1.0f);
@@ -214,7 +222,7 @@ std::tuple<Tensor, Tensor> add_quantize_forward(Tensor x, Tensor other, double l
                                                 int64_t middle, bool power_of_two, bool with_mask) {
   check_float(x, "x");
   check_float(other, "other");
-  check(x.dim() == other.dim() && std::equal(x.sizes().begin(), x.sizes().end(), other.sizes().begin()),
+  check(same_shape(x, other),
         "other of shape " + shape_of(other) + " is added to x of shape " + shape_of(x) + "; give tensors of one shape");
   const Quantizer quantizer(low, high, scale, zero_point, tracked, track, average, qmin, qmax, symmetric, middle,
                             power_of_two);
@@ -251,9 +259,10 @@ std::tuple<Tensor, Tensor> add_quantize_forward(Tensor x, Tensor other, double l
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
-  m.def("norm_quantize_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-        "bool batch_statistics, float momentum, float eps, float low_bound, float high_bound, Tensor(c!)? low, "
-        "Tensor(d!)? high, Tensor(e!)? scale, Tensor(f!)? zero_point, Tensor(g!)? tracked, bool track, float average, "
+  m.def("norm_quantize_forward(Tensor x, Tensor? gamma, Tensor? beta, Tensor(a!)? running_mean, "
+        "Tensor(b!)? running_var, bool batch_statistics, float momentum, float eps, float low_bound, float high_bound, "
+        "Tensor(c!)? low, Tensor(d!)? high, Tensor(e!)? scale, Tensor(f!)? zero_point, Tensor(g!)? tracked, "
+        "bool track, float average, "
         "int qmin, int qmax, bool symmetric, int middle, bool power_of_two, bool with_mask=True) "
         "-> (Tensor, Tensor, Tensor, Tensor)");
   m.def("norm_quantize_backward(Tensor grad, Tensor x, Tensor mask_bits, Tensor? gamma, Tensor mean, Tensor invstd, "

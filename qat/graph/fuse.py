@@ -45,11 +45,10 @@ def _fuse_into(graph: fx.Graph, quantizer: fx.Node, root: nn.Module) -> None:
     if len(quantizer.args) != 1 or quantizer.kwargs:
         return
     last = quantizer.args[0]
-    if not _has_one_reader(last):
+    if not isinstance(last, fx.Node) or len(last.users) != 1:
         return
-    activation, first = _activation(last, root)
-    head = first if first is not None and _has_one_reader(first) else None
-    if head is None:
+    activation, head = _activation(last, root)
+    if head is None or len(head.users) != 1:
         activation, head = None, last
     operands = _operands(head, root)
     if operands is None:
@@ -66,15 +65,11 @@ def _fuse_into(graph: fx.Graph, quantizer: fx.Node, root: nn.Module) -> None:
         graph.erase_node(node)
 
 
-def _has_one_reader(node: object) -> bool:
-    return isinstance(node, fx.Node) and len(node.users) == 1
-
-
 def _module(root: nn.Module, node: fx.Node) -> nn.Module:
     return root.get_submodule(str(node.target))
 
 
-def _activation(node: Any, root: nn.Module) -> tuple[str | None, fx.Node | None]:
+def _activation(node: fx.Node, root: nn.Module) -> tuple[str | None, fx.Node | None]:
     """Return a function's name or a module's path, and what it reads; (None, None) for no activation."""
     if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or not set(node.kwargs) <= {"inplace"}:
         return None, None
@@ -87,7 +82,7 @@ def _activation(node: Any, root: nn.Module) -> tuple[str | None, fx.Node | None]
     return None, None
 
 
-def _operands(node: Any, root: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+def _operands(node: fx.Node, root: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
     """Return the fused function of a chain's head, and what it reads: nodes, and paths of modules."""
     if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and has_norm_pass(_module(root, node)):
         return norm_fake_quantize, (node.args[0], str(node.target))

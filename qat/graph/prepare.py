@@ -76,7 +76,10 @@ def prepare(
     `calibrate`.
 
     Args:
-        model: As for `plan`, as are `example_inputs`, `target` and `scheme`.
+        model: As for `plan`.
+        example_inputs: As for `plan`.
+        target: As for `plan`.
+        scheme: As for `plan`.
         fused: Call `optimize_for_training` on the result.
 
     Raises:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from qat.native.operators import below_autograd
 from qat.native.ranges import GridRule
 
 #: Smallest and largest value that an activation lets through.
@@ -58,8 +59,8 @@ def norm_quantize(x: Tensor, norm: Norm, bounds: Bounds, grid: Grid | None) -> T
     The gradient is zero where the activation or the grid saturates, at the bounds too, as that of ReLU and ReLU6.
 
     Args:
-        x: float32, (N, C, ...), on the CPU, any layout; not empty, and of more than one value a channel where the batch's
-            statistics are taken.
+        x: float32, (N, C, ...), on the CPU, any layout; not empty, and of more than one value a channel where the
+            statistics are those of the batch.
         norm: The batch norm.
         bounds: Of the activation; infinities for none.
         grid: None for no fake quantization.
@@ -68,7 +69,9 @@ def norm_quantize(x: Tensor, norm: Norm, bounds: Bounds, grid: Grid | None) -> T
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
         out: Tensor = _NormQuantize.apply(*inputs, norm, bounds, grid)  # type: ignore[no-untyped-call]
         return out
-    result: Tensor = torch.ops.qat.norm_quantize_forward(x, *norm, *bounds, *_flat(grid), False)[0]
+    result: Tensor = below_autograd(
+        torch.ops.qat.norm_quantize_forward.default, x, *norm, *bounds, *_flat(grid), False
+    )[0]
     return result
 
 
@@ -84,7 +87,9 @@ def add_quantize(x: Tensor, other: Tensor, bounds: Bounds, grid: Grid | None) ->
     if torch.is_grad_enabled() and (x.requires_grad or other.requires_grad):
         out: Tensor = _AddQuantize.apply(x, other, bounds, grid)  # type: ignore[no-untyped-call]
         return out
-    result: Tensor = torch.ops.qat.add_quantize_forward(x, other, *bounds, *_flat(grid), False)[0]
+    result: Tensor = below_autograd(torch.ops.qat.add_quantize_forward.default, x, other, *bounds, *_flat(grid), False)[
+        0
+    ]
     return result
 
 
@@ -103,20 +108,28 @@ class _NormQuantize(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm, bounds: Bounds, grid: Grid | None
     ) -> Tensor:
-        y, bits, mean, invstd = torch.ops.qat.norm_quantize_forward(
-            x, gamma, beta, *norm[2:], *bounds, *_flat(grid), True
+        y, bits, mean, invstd = below_autograd(
+            torch.ops.qat.norm_quantize_forward.default, x, gamma, beta, *norm[2:], *bounds, *_flat(grid), True
         )
         ctx.save_for_backward(x, gamma, bits, mean, invstd)
         ctx.batch_statistics = norm.batch_statistics
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, bits, mean, invstd = ctx.saved_tensors
         _, with_gamma, with_beta, *_ = ctx.needs_input_grad
-        dx, dgamma, dbeta = torch.ops.qat.norm_quantize_backward(
-            grad, x, bits, gamma, mean, invstd, ctx.batch_statistics, with_gamma or with_beta
+        dx, dgamma, dbeta = below_autograd(
+            torch.ops.qat.norm_quantize_backward.default,
+            grad,
+            x,
+            bits,
+            gamma,
+            mean,
+            invstd,
+            ctx.batch_statistics,
+            with_gamma or with_beta,
         )
         return dx, dgamma if with_gamma else None, dbeta if with_beta else None, None, None, None
 
@@ -124,16 +137,16 @@ class _NormQuantize(torch.autograd.Function):
 class _AddQuantize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, other: Tensor, bounds: Bounds, grid: Grid | None) -> Tensor:
-        y, bits = torch.ops.qat.add_quantize_forward(x, other, *bounds, *_flat(grid), True)
+        y, bits = below_autograd(torch.ops.qat.add_quantize_forward.default, x, other, *bounds, *_flat(grid), True)
         ctx.save_for_backward(bits)
         ctx.strides = y.stride()
         return y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        both = torch.ops.qat.fake_quantize_backward(grad, bits, ctx.strides)
+        both = below_autograd(torch.ops.qat.fake_quantize_backward.default, grad, bits, ctx.strides)
         return both if ctx.needs_input_grad[0] else None, both if ctx.needs_input_grad[1] else None, None, None
 
 
@@ -146,7 +159,7 @@ def register() -> None:
 
 def _fake_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     statistics = x.new_empty((x.shape[1],), dtype=torch.float32)
-    return torch.empty_like(x), _fake_bits(x, arguments, 23), statistics, torch.empty_like(statistics)
+    return torch.empty_like(x), _fake_bits(x, arguments, 22), statistics, torch.empty_like(statistics)
 
 
 def _fake_add(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -155,7 +168,7 @@ def _fake_add(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 def _fake_bits(x: Tensor, arguments: tuple[Any, ...], count: int) -> Tensor:
     """Return the mask; `with_mask`, the last of `count` arguments, is True where it is not given."""
-    with_mask = len(arguments) < count - 1 or arguments[-1]
+    with_mask = len(arguments) < count or arguments[-1]
     return x.new_empty(((x.numel() + 7) // 8 if with_mask else 0,), dtype=torch.uint8)
 
 
@@ -171,5 +184,3 @@ def _fake_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     parameters = x.new_empty((x.shape[1] if batch_statistics or with_parameters else 0,), dtype=torch.float32)
     return torch.empty_like(x), parameters, torch.empty_like(parameters)
-
-

@@ -63,11 +63,11 @@ def straight_through(operator: Any, x: Tensor, *arguments: Any) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         out: Tensor = _StraightThrough.apply(x, operator, arguments)  # type: ignore[no-untyped-call]
         return out
-    result: Tensor = _below_autograd(operator, x, *arguments, False)[0]
+    result: Tensor = below_autograd(operator, x, *arguments, False)[0]
     return result
 
 
-def _below_autograd(operator: Any, *arguments: Any) -> Any:
+def below_autograd(operator: Any, *arguments: Any) -> Any:
     """Call an operator whose gradient somebody else takes care of."""
     if torch.compiler.is_compiling():
         return operator(*arguments)
@@ -78,11 +78,11 @@ def _below_autograd(operator: Any, *arguments: Any) -> Any:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, operator: Any, arguments: tuple[Any, ...]) -> Tensor:
-        y, mask_bits = _below_autograd(operator, x, *arguments, True)
+        y, mask_bits = below_autograd(operator, x, *arguments, True)
         ctx.save_for_backward(mask_bits)
         # the bits are in the order of memory of the output
         ctx.strides = y.stride()
-        return y
+        return y  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -90,7 +90,7 @@ class _StraightThrough(torch.autograd.Function):
         operator = torch.ops.qat.fake_quantize_backward.default
         if torch.is_grad_enabled():  # the gradient is to have a gradient
             return operator(grad, mask_bits, ctx.strides), None, None
-        return _below_autograd(operator, grad, mask_bits, ctx.strides), None, None
+        return below_autograd(operator, grad, mask_bits, ctx.strides), None, None
 
 
 def register() -> None:

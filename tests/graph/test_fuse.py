@@ -1,0 +1,169 @@
+"""The fused form of a prepared model: the same training, the same state."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import qat
+from qat.graph.fuse import fuse
+from qat.quantizers.fused import add_fake_quantize, norm_fake_quantize
+
+
+class Block(nn.Module):
+    """A bottleneck with a residual, one of torchvision's kinds each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(4, 12, 1, bias=False), nn.BatchNorm2d(12), nn.ReLU6(inplace=True))
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+        self.norm = nn.BatchNorm2d(12)
+        self.project = nn.Sequential(nn.Conv2d(12, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.depthwise(self.expand(x))))
+        y = self.project(y)
+        y = y + x
+        return self.head(torch.relu(y).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def images(seed: int = 0) -> Tensor:
+    return torch.randn(6, 4, 7, 7, generator=torch.Generator().manual_seed(seed))
+
+
+def prepared(*, fused: bool = True) -> qat.PreparedModel:
+    torch.manual_seed(0)
+    qmodel = qat.prepare(Block(), images(), target=qat.load_target("arm-cpu"), fused=fused)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qat.calibrate(qmodel, [images()])
+    qmodel.set_phase("track")
+    return qmodel.train()
+
+
+def targets(qmodel: qat.PreparedModel) -> list[object]:
+    return [node.target for node in fuse(qmodel.graph, qmodel).nodes if node.op == "call_function"]
+
+
+def train(qmodel: qat.PreparedModel, steps: int = 4, channels_last: bool = False) -> list[float]:
+    optimizer = torch.optim.SGD(qmodel.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for step in range(steps):
+        x = images(step)
+        if channels_last:
+            x = x.to(memory_format=torch.channels_last)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(qmodel(x), torch.arange(6) % 3)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def test_what_is_fused() -> None:
+    qmodel = prepared()
+    assert qmodel.fused
+    assert targets(qmodel).count(norm_fake_quantize) == 3
+    assert targets(qmodel).count(add_fake_quantize) == 1
+    # the graph that others read keeps one call an operator
+    assert norm_fake_quantize not in [node.target for node in qmodel.graph.nodes]
+    assert not prepared(fused=False).fused
+
+
+def test_a_value_with_two_readers_is_not_fused_away() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.norm(self.conv(x))
+            return F.relu(y), y
+
+    qmodel = qat.prepare(Two(), images(), target=qat.load_target("arm-cpu"))
+    first, second = qmodel.eval()(images())
+    assert torch.equal(first, F.relu(second))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_training_is_that_of_the_single_modules(channels_last: bool, frozen: bool) -> None:
+    fused, plain = prepared(), prepared(fused=False)
+    for qmodel in (fused, plain):
+        if frozen:
+            qmodel.freeze_batch_norm()
+    have, want = train(fused, channels_last=channels_last), train(plain, channels_last=channels_last)
+    torch.testing.assert_close(torch.tensor(have), torch.tensor(want), rtol=2e-3, atol=2e-3)
+    states = fused.state_dict(), plain.state_dict()
+    assert list(states[0]) == list(states[1])
+    for key, value in states[1].items():
+        if value.is_floating_point():
+            assert torch.allclose(states[0][key], value, rtol=2e-2, atol=5e-3), key
+    counts = [state["norm.num_batches_tracked"] for state in states]
+    assert int(counts[0]) == int(counts[1]) == (0 if frozen else 4)
+
+
+def test_the_first_step_agrees_to_float_rounding() -> None:
+    gradients = []
+    for fused in (True, False):
+        qmodel = prepared(fused=fused)
+        F.cross_entropy(qmodel(images()), torch.arange(6) % 3).backward()
+        gradients.append({name: p.grad for name, p in qmodel.named_parameters()})
+    for name, want in gradients[1].items():
+        assert want is not None
+        torch.testing.assert_close(gradients[0][name], want, rtol=1e-4, atol=1e-5)
+
+
+def test_state_moves_between_both_forms() -> None:
+    fused, plain = prepared(), prepared(fused=False)
+    train(fused)
+    plain.load_state_dict(fused.state_dict())
+    torch.testing.assert_close(fused.eval()(images(9)), plain.eval()(images(9)), rtol=1e-5, atol=1e-5)
+    assert [p for p, _ in fused.named_modules()] == [p for p, _ in plain.named_modules()]
+
+
+def test_copies_are_fused_and_apart() -> None:
+    qmodel = prepared()
+    other = copy.deepcopy(qmodel)
+    assert other.fused
+    before = {key: value.clone() for key, value in qmodel.state_dict().items()}
+    train(other)
+    assert all(torch.equal(before[key], value) for key, value in qmodel.state_dict().items())
+
+
+def test_hooks_of_a_batch_norm_are_called() -> None:
+    qmodel = prepared()
+    seen: list[torch.Size] = []
+    handle = qmodel.norm.register_forward_hook(lambda _, args, out: seen.append(out.shape))  # type: ignore[union-attr]
+    qmodel(images())
+    assert seen == [torch.Size((6, 12, 7, 7))]
+    handle.remove()
+    qmodel(images())
+    assert len(seen) == 1
+
+
+def test_calibration_of_both_forms_gives_the_same_ranges() -> None:
+    have, want = prepared().encodings(), prepared(fused=False).encodings()
+    assert list(have) == list(want)
+    for name in want:
+        torch.testing.assert_close(have[name].scale_tensor, want[name].scale_tensor, rtol=1e-5, atol=0.0)
+
+
+def test_autocast_and_compiled_training_keep_to_the_modules() -> None:
+    qmodel = prepared()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.cross_entropy(qmodel(images()).float(), torch.arange(6) % 3)
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in qmodel.parameters())
+
+
+def test_it_can_be_switched_off() -> None:
+    qmodel = qat.optimize_for_training(prepared(), enabled=False)
+    assert not qmodel.fused
+    assert qat.optimize_for_training(qmodel).fused
