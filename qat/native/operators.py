@@ -78,6 +78,7 @@ def _below_autograd(operator: Any, *arguments: Any) -> Any:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, operator: Any, arguments: tuple[Any, ...]) -> Tensor:
+        y: Tensor
         y, mask_bits = _below_autograd(operator, x, *arguments, True)
         ctx.save_for_backward(mask_bits)
         # the bits are in the order of memory of the output
