@@ -79,7 +79,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, operator: Any, arguments: tuple[Any, ...]) -> Tensor:
         y: Tensor
-        y, mask_bits = _below_autograd(operator, x, *arguments, True)
+        made: tuple[Tensor, Tensor] = _below_autograd(operator, x, *arguments, True)
+        y, mask_bits = made
         ctx.save_for_backward(mask_bits)
         # the bits are in the order of memory of the output
         ctx.strides = y.stride()
