@@ -11,6 +11,7 @@ ratios count, the milliseconds are the machine's. Run it with nothing else on th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -80,7 +81,7 @@ def weights(rounds: int) -> dict[str, float]:
     layers = list(import_torchvision("models").mobilenet_v2(weights=None).modules())
     scheme = Scheme("int8", symmetric=True, granularity=Granularity("per_channel", 0))
     pairs = []
-    for conv, norm in zip(layers, layers[1:], strict=False):
+    for conv, norm in itertools.pairwise(layers):
         if isinstance(norm, torch.nn.BatchNorm2d):
             quantizer = WeightFakeQuantize(scheme, "weight", conv.weight.shape, norm)
             quantizer.set_phase(QUANTIZE)
