@@ -1,5 +1,7 @@
 """Fake quantization, forward and backward, and observation: native, in PyTorch, and a plain copy of the same tensor.
 
+The last table has the weights of mobilenet_v2 with their batch norms, all 52 together: there the calls are what counts.
+
 Prints one table and writes JSON. All peers run in this process, in interleaved rounds; the numbers are medians. The
 ratios count, the milliseconds are the machine's. Run it with nothing else on the machine:
 
@@ -9,6 +11,7 @@ ratios count, the milliseconds are the machine's. Run it with nothing else on th
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -20,8 +23,9 @@ from torch import Tensor
 
 from qat import native
 from qat.observers import make_observer
-from qat.quantizers import static
-from qat.scheme import PER_TENSOR, Granularity, ObserverSpec
+from qat.quantizers import QUANTIZE, TRACK, FakeQuantize, WeightFakeQuantize, activation, learned, static, weight
+from qat.scheme import PER_TENSOR, Granularity, ObserverSpec, Scheme
+from qat.torchvision import import_torchvision
 
 # the largest activations of mobilenet_v2 and a late one, batch 16 at 128 x 128
 SHAPES = ((16, 96, 64, 64), (16, 144, 32, 32), (16, 960, 4, 4))
@@ -55,6 +59,53 @@ def pytorch(x: Tensor, grid: tuple[Tensor, Tensor, int, int], axis: int | None) 
     return out
 
 
+def in_pytorch(call: Callable[[], object]) -> Callable[[], object]:
+    """The same call with the native extension left alone."""
+    modules = (activation, learned, static, weight)
+
+    def run() -> object:
+        kept = [vars(module)["is_for_native"] for module in modules]
+        for module in modules:
+            vars(module)["is_for_native"] = lambda *_: False
+        try:
+            return call()
+        finally:
+            for module, function in zip(modules, kept, strict=True):
+                vars(module)["is_for_native"] = function
+
+    return run
+
+
+def weights(rounds: int) -> dict[str, float]:
+    """Milliseconds for all the weights of a network, each scaled by its batch norm."""
+    layers = list(import_torchvision("models").mobilenet_v2(weights=None).modules())
+    scheme = Scheme("int8", symmetric=True, granularity=Granularity("per_channel", 0))
+    pairs = []
+    for conv, norm in itertools.pairwise(layers):
+        if isinstance(norm, torch.nn.BatchNorm2d):
+            quantizer = WeightFakeQuantize(scheme, "weight", conv.weight.shape, norm)
+            quantizer.set_phase(QUANTIZE)
+            pairs.append((quantizer, conv.weight, torch.ones_like(conv.weight)))
+
+    def forward() -> None:
+        for quantizer, value, _ in pairs:
+            quantizer(value)
+
+    def step() -> None:
+        for quantizer, value, upstream in pairs:
+            torch.autograd.grad(quantizer(value), value, upstream)
+
+    return interleaved(
+        {
+            "forward native": forward,
+            "forward PyTorch": in_pytorch(forward),
+            "forward + backward native": step,
+            "forward + backward PyTorch": in_pytorch(step),
+        },
+        rounds,
+    )
+
+
 def measure(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: int) -> dict[str, float]:
     x = torch.randn(shape).to(memory_format=memory_format)
     leaf, upstream, target = x.clone().requires_grad_(), torch.randn_like(x), torch.empty_like(x)
@@ -64,6 +115,16 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: 
     observer = make_observer(ObserverSpec("histogram"), PER_TENSOR, None, "x")
     counts, low, high = torch.zeros(65536, dtype=torch.int64), torch.tensor(torch.inf), torch.tensor(-torch.inf)
     nonfinite = torch.zeros((), dtype=torch.int64)
+    observer._is_for_native = lambda _: False  # type: ignore[method-assign]
+    tracking = FakeQuantize(Scheme(), "x")
+    tracking.set_phase(TRACK)
+    step_tracking = gradient(tracking, leaf, upstream)
+    learned_grid = [t.float().requires_grad_() for t in one[:2]]
+
+    def step_learned() -> object:
+        y = learned.fake_quantize_learned(leaf, *learned_grid, 0, 255)
+        return torch.autograd.grad(y, [leaf, *learned_grid], upstream)
+
     step_native = gradient(lambda v: native.fake_quantize(v, *one), leaf, upstream)
     step_channels = gradient(lambda v: native.fake_quantize(v, *many, 1), leaf, upstream)
     return interleaved(
@@ -78,10 +139,18 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: 
             "forward + backward PyTorch": gradient(lambda v: pytorch(v, one, None), leaf, upstream),
             "the same per channel native": step_channels,
             "the same per channel PyTorch": gradient(lambda v: pytorch(v, many, 1), leaf, upstream),
+            "tracked range, step native": step_tracking,
+            "tracked range, step PyTorch": in_pytorch(step_tracking),
+            "learned grid, step native": step_learned,
+            "learned grid, step PyTorch": in_pytorch(step_learned),
             "range native": lambda: native.observe_minmax(x),
             "range PyTorch": lambda: torch.aminmax(x),
             "histogram native": lambda: native.observe_histogram(x, counts, low, high, nonfinite),
             "histogram PyTorch": lambda: observer.observe(x),
+            "forward and histogram native": lambda: native.fake_quantize_histogram(
+                leaf, *one, (counts, low, high, nonfinite)
+            ),
+            "forward and histogram PyTorch": lambda: (pytorch(leaf, one, None), observer.observe(x)),
         },
         rounds,
     )
@@ -108,6 +177,12 @@ def main() -> None:
             for what in [key.removesuffix(" native") for key in times if key.endswith(" native")]:
                 ours, theirs = times[f"{what} native"], times[f"{what} PyTorch"]
                 print(f"{what:28}{ours:10.2f}{theirs / ours:18.1f}{ours / times['copy']:15.2f}")
+    small = weights(options.rounds)
+    results.append({"weights": "mobilenet_v2", "milliseconds": small})
+    print("\nall weights of mobilenet_v2 with their batch norms")
+    for what in ("forward", "forward + backward"):
+        ours, theirs = small[f"{what} native"], small[f"{what} PyTorch"]
+        print(f"{what:28}{ours:10.2f}{theirs / ours:18.1f}")
     if options.json:
         options.json.write_text(
             json.dumps({"isa": status.isa, "threads": options.threads, "results": results}, indent=1)

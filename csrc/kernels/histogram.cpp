@@ -190,23 +190,6 @@ void fake_quantize_histogram(const Kernels& kernels, ParallelFor parallel, int64
   forget_nonfinite(out, 1);
 }
 
-void clip_errors(const Kernels& kernels, ParallelFor parallel, const double* points, const double* jumps,
-                 int64_t channels, int64_t count, const double* scale, const double* low, const double* high,
-                 int64_t grids, double* errors) {
-  const auto some = [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const int64_t at = i / grids * count;
-      errors[i] = kernels.clip_error(points + at, jumps + at, count, scale[i], low[i], high[i]);
-    }
-  };
-  const auto task = [](int64_t first, int64_t last, void* context) {
-    (*static_cast<decltype(some)*>(context))(first, last);
-  };
-  // a point takes a few times as long as an element of the other loops
-  const int64_t at_least = std::max<int64_t>(1, grain * block / 4 / std::max<int64_t>(1, count));
-  parallel(0, channels * grids, at_least, task, const_cast<void*>(static_cast<const void*>(&some)));
-}
-
 #define QAT_INSTANTIATE(T)                                                                                      \
   template void observe_histogram<T>(const Kernels&, ParallelFor, int64_t, const T*, Layout,                    \
                                      const HistogramOut&);                                                      \

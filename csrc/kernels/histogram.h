@@ -25,10 +25,4 @@ void fake_quantize_histogram(const Kernels& kernels, ParallelFor parallel, int64
                              uint8_t* bits, int64_t n, float scale, float zero_point, Range range,
                              const HistogramOut& out);
 
-// errors[c, i] = the squared error of the density (points, jumps)[c, :] on the grid i of channel c, whose codes around
-// zero are [low, high]; see `Kernels::clip_error`.
-void clip_errors(const Kernels& kernels, ParallelFor parallel, const double* points, const double* jumps,
-                 int64_t channels, int64_t count, const double* scale, const double* low, const double* high,
-                 int64_t grids, double* errors);
-
 }  // namespace qat

@@ -88,7 +88,7 @@ void set_grids(const float* low, const float* high, int64_t channels, const Grid
 
 }  // namespace
 
-Grid grid_of(float low_bound, float high_bound, const GridRule& rule) {
+Grid grid_of(double low_bound, double high_bound, const GridRule& rule) {
   const double low = clamp(low_bound, -range_limit, 0.0), high = clamp(high_bound, 0.0, range_limit);
   double scale;
   if (rule.symmetric) {

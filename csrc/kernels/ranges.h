@@ -19,7 +19,7 @@ struct Grid {
 };
 
 // A range with nan gives a scale of nan.
-Grid grid_of(float low, float high, const GridRule& rule);
+Grid grid_of(double low, double high, const GridRule& rule);
 
 // Smallest and largest values by channel, infinities included, nan where there is one.
 template <class T>

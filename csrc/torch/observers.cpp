@@ -1,4 +1,5 @@
 // Registration of the observers, and of observation in the same pass as fake quantization.
+#include "../kernels/clipping.h"
 #include "../kernels/histogram.h"
 #include "tensors.h"
 
@@ -100,30 +101,23 @@ std::tuple<Tensor, Tensor> fake_quantize_histogram_forward(Tensor x, Tensor scal
   return {y, bits};
 }
 
-void check_double(const Tensor& tensor, const char* name, const Tensor& like) {
-  check_cpu(tensor, name);
-  check(tensor.scalar_type() == ScalarType::Double && tensor.dim() == 2 && shape_of(tensor) == shape_of(like),
-        std::string(name) + " of shape " + shape_of(tensor) + " is not float64 of shape " + shape_of(like) +
-            "; give two dimensions, channels first");
-}
-
-Tensor clip_errors(Tensor points, Tensor jumps, Tensor scale, Tensor low, Tensor high) {
-  check_double(points, "points", points);
-  check_double(jumps, "jumps", points);
-  check_double(scale, "scale", scale);
-  check_double(low, "low", scale);
-  check_double(high, "high", scale);
-  check(points.size(0) == scale.size(0), "scale has " + std::to_string(scale.size(0)) + " channels and points " +
-                                             std::to_string(points.size(0)) + "; give the same channels");
-  Tensor out = new_cpu({scale.size(0), scale.size(1)}, ScalarType::Double);
-  const auto data = [](const Tensor& t) { return static_cast<const double*>(t.const_data_ptr()); };
-  const Tensor p = torch::stable::contiguous(points), j = torch::stable::contiguous(jumps);
-  const Tensor s = torch::stable::contiguous(scale), l = torch::stable::contiguous(low);
-  const Tensor h = torch::stable::contiguous(high);
-  if (out.numel() == 0) return out;
-  qat::clip_errors(kernels(), parallel, data(p), data(j), points.size(0), points.size(1), data(s), data(l), data(h),
-                   scale.size(1), static_cast<double*>(out.mutable_data_ptr()));
-  return out;
+std::tuple<Tensor, Tensor> clip_ranges(Tensor counts, Tensor low, Tensor high, int64_t mantissa_bits,
+                                       double negative_weight, double margin, int64_t qmin, int64_t qmax,
+                                       bool symmetric, int64_t middle, bool power_of_two) {
+  check(mantissa_bits >= 0 && mantissa_bits <= 10,
+        "mantissa_bits " + std::to_string(mantissa_bits) + " is outside [0, 10]; choose one of these");
+  const int64_t channels = low.numel();
+  check_state(counts, "counts", ScalarType::Long, channels << (9 + mantissa_bits));
+  check_state(low, "low", ScalarType::Double, channels);
+  check_state(high, "high", ScalarType::Double, channels);
+  code_range(qmin, qmax);
+  check(!symmetric || (qmin <= middle && middle <= qmax), "middle is outside the integer range; give a code");
+  const Tensor lows = torch::stable::clone(low), highs = torch::stable::clone(high);
+  const qat::ClipTask task{static_cast<int>(mantissa_bits), negative_weight, margin,
+                           {qmin, qmax, symmetric, middle, power_of_two}};
+  qat::clip_ranges(kernels(), parallel, counts.const_data_ptr<int64_t>(), channels, task,
+                   lows.mutable_data_ptr<double>(), highs.mutable_data_ptr<double>());
+  return {lows, highs};
 }
 
 }  // namespace
@@ -137,13 +131,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("fake_quantize_histogram_forward(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, "
         "Tensor(a!) counts, Tensor(b!) low, Tensor(c!) high, Tensor(d!) nonfinite, int mantissa_bits=7, "
         "bool with_mask=True) -> (Tensor, Tensor)");
-  m.def("clip_errors(Tensor points, Tensor jumps, Tensor scale, Tensor low, Tensor high) -> Tensor");
+  m.def("clip_ranges(Tensor counts, Tensor low, Tensor high, int mantissa_bits, float negative_weight, float margin, "
+        "int qmin, int qmax, bool symmetric, int middle, bool power_of_two) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("observe_minmax", TORCH_BOX(&observe_minmax));
   m.impl("observe_range", TORCH_BOX(&observe_range));
   m.impl("observe_histogram", TORCH_BOX(&observe_histogram));
-  m.impl("clip_errors", TORCH_BOX(&clip_errors));
+  m.impl("clip_ranges", TORCH_BOX(&clip_ranges));
   m.impl("fake_quantize_histogram_forward", TORCH_BOX(&fake_quantize_histogram_forward));
 }

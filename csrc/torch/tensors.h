@@ -148,12 +148,20 @@ inline Tensor empty_strided(const Tensor& like, const std::vector<int64_t>& stri
   return Tensor(made);
 }
 
+inline const char* type_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Long: return "int64";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Double: return "float64";
+    default: return "float32";
+  }
+}
+
 inline void check_state(const Tensor& tensor, const char* name, ScalarType type, int64_t count) {
   check_cpu(tensor, name);
   check(tensor.scalar_type() == type && tensor.numel() == count && tensor.is_contiguous(),
         std::string(name) + " is not a contiguous tensor of " + std::to_string(count) + " " +
-            (type == ScalarType::Long ? "int64" : type == ScalarType::Int ? "int32" : "float32") +
-            " values; give the module's buffer");
+            type_name(type) + " values; give the module's buffer");
 }
 
 // Calls run(static_cast<T*>(nullptr)) with the type of the kernels that the elements of `x` have.

@@ -3,7 +3,7 @@
 from qat.native.learned import fake_quantize_learned
 from qat.native.loading import Status, status
 from qat.native.norm import Grid, Norm, add_quantize, norm_quantize
-from qat.native.observers import clip_errors, fake_quantize_histogram, observe_histogram, observe_minmax, observe_range
+from qat.native.observers import clip_ranges, fake_quantize_histogram, observe_histogram, observe_minmax, observe_range
 from qat.native.operators import fake_quantize, fake_quantize_observe
 from qat.native.ranges import BatchNormFactor, GridRule, fake_quantize_track, fake_quantize_weight
 
@@ -14,7 +14,7 @@ __all__ = [
     "Norm",
     "Status",
     "add_quantize",
-    "clip_errors",
+    "clip_ranges",
     "fake_quantize",
     "fake_quantize_histogram",
     "fake_quantize_learned",

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qat.native.operators import axis_of, fake_extrema, straight_through
+from qat.native.ranges import GridRule
 
 
 def observe_minmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,18 +85,34 @@ def fake_quantize_histogram(
     return straight_through(operator, x, scale, zero_point, qmin, qmax, *state, mantissa_bits)
 
 
-def clip_errors(points: Tensor, jumps: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Return the squared error of densities on grids, (C, K), float64; `qat.observers.clipping` has the formula.
+def clip_ranges(
+    counts: Tensor,
+    low: Tensor,
+    high: Tensor,
+    mantissa_bits: int,
+    rule: GridRule,
+    margin: float,
+    negative_weight: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Return the clip range of each channel with the least expected squared error, as `qat.observers.clipping`.
+
+    The search is the same; its sums are rounded in another order, so where two ranges are equally good another one may
+    be chosen.
 
     Args:
-        points: Where the densities jump, (C, P), float64.
-        jumps: Elements per unit left of each point less those right of it, likewise.
-        scale: Of K grids for each density, (C, K), float64, positive.
-        low: Smallest codes less the zero point, likewise.
-        high: Largest codes less the zero point, likewise.
+        counts: The histograms, int64, (C, 2**(9 + mantissa_bits)), contiguous.
+        low: Smallest elements, (C,), float64, finite.
+        high: Largest elements, likewise.
+        mantissa_bits: 0 to 10.
+        rule: How a range becomes a grid.
+        margin: Share by which a range must be expected to be better than min-max to be chosen.
+        negative_weight: Weight of the squared errors of negative elements.
     """
-    out: Tensor = torch.ops.qat.clip_errors(points, jumps, scale, low, high)
-    return out
+    qmin, qmax, _, symmetric, middle, power_of_two = rule
+    found: tuple[Tensor, Tensor] = torch.ops.qat.clip_ranges(
+        counts, low, high, mantissa_bits, negative_weight, margin, qmin, qmax, symmetric, middle, power_of_two
+    )
+    return found
 
 
 def register() -> None:
@@ -104,7 +121,7 @@ def register() -> None:
     torch.library.register_fake("qat::observe_range", _nothing)
     torch.library.register_fake("qat::observe_histogram", _nothing)
     torch.library.register_fake("qat::fake_quantize_histogram_forward", _fake_histogram)
-    torch.library.register_fake("qat::clip_errors", _fake_errors)
+    torch.library.register_fake("qat::clip_ranges", _fake_ranges)
 
 
 def _nothing(*_: object) -> None:
@@ -127,5 +144,5 @@ def _fake_histogram(
     return torch.empty_like(x), x.new_empty(((x.numel() + 7) // 8 if with_mask else 0,), dtype=torch.uint8)
 
 
-def _fake_errors(points: Tensor, jumps: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.empty_like(scale)
+def _fake_ranges(counts: Tensor, low: Tensor, high: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(low), torch.empty_like(high)

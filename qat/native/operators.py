@@ -78,11 +78,13 @@ def below_autograd(operator: Any, *arguments: Any) -> Any:
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, operator: Any, arguments: tuple[Any, ...]) -> Tensor:
-        y, mask_bits = below_autograd(operator, x, *arguments, True)
+        y: Tensor
+        made: tuple[Tensor, Tensor] = below_autograd(operator, x, *arguments, True)
+        y, mask_bits = made
         ctx.save_for_backward(mask_bits)
         # the bits are in the order of memory of the output
         ctx.strides = y.stride()
-        return y  # type: ignore[no-any-return]
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from qat import native
 from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.clipping import least_squares_range
@@ -37,9 +38,26 @@ class HistogramObserver(BinnedObserver):
     )
     minimises_error: ClassVar[bool] = True
 
+    def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        if self.counts.device.type != "cpu" or not native.status().active:
+            return super()._range(scheme)
+        low, high, seen = self.min_val.reshape(-1), self.max_val.reshape(-1), self.min_val <= self.max_val
+        low, high = (torch.where(seen.reshape(-1), bound, 0.0).to(torch.float64) for bound in (low, high))
+        rule = native.GridRule(
+            *scheme.code_range, None, scheme.symmetric, scheme.symmetric_zero_point, scheme.power_of_two
+        )
+        counts = self.counts.reshape(len(low), -1)
+        low, high = native.clip_ranges(
+            counts, low, high, self.mantissa_bits, rule, self._margin, self.options["negative_weight"]
+        )
+        return low.reshape(self.min_val.shape), high.reshape(self.min_val.shape)
+
+    @property
+    def _margin(self) -> float:
+        return float(max(0.01, 2.0 ** -(self.mantissa_bits + 1)))
+
     def _range_of_counts(
         self, negative: Tensor, positive: Tensor, edges: Tensor, low: Tensor, high: Tensor, scheme: Scheme
     ) -> tuple[Tensor, Tensor]:
-        margin = max(0.01, 2.0 ** -(self.mantissa_bits + 1))
         weighted = negative.to(torch.float64) * self.options["negative_weight"]
-        return least_squares_range(weighted, positive, edges, low, high, scheme, margin)
+        return least_squares_range(weighted, positive, edges, low, high, scheme, self._margin)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from qat import native
 from qat.observers import Observer, make_observer
-from qat.scheme import PER_TENSOR, Granularity, ObserverSpec
+from qat.observers.binning import BinnedObserver
+from qat.scheme import PER_TENSOR, Granularity, ObserverSpec, Scheme
 
 
 def buffers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -152,19 +153,34 @@ def test_a_histogram_in_the_pass_of_a_fake_quantization(isa: str, x: Tensor, bit
     assert torch.equal(*gradients)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.integers(-400, 400), min_size=1, max_size=20, unique=True), st.floats(0.05, 2.0), st.integers(-9, 0))
-def test_clip_errors_are_the_integrals_of_squared_errors(isa: str, edges: list[int], scale: float, low: int) -> None:
-    points = torch.tensor(sorted(edges), dtype=torch.float64) / 100
-    heights = torch.cat([torch.zeros(1), torch.arange(1.0, len(edges)), torch.zeros(1)]).to(torch.float64)
-    grid = [torch.tensor([[float(v)]], dtype=torch.float64) for v in (scale, low, low + 9)]
-    found = native.clip_errors(points[None], -heights.diff()[None], *grid)
-    fine, total = 20_000, 0.0
-    for a, b, height in zip(points[:-1], points[1:], heights[1:-1], strict=True):
-        t = a + (b - a) * (torch.arange(fine, dtype=torch.float64) + 0.5) / fine
-        k = (t / scale).round().clamp(low, low + 9)
-        total += float(height * (t - k * scale).square().mean() * (b - a))
-    assert found.item() == pytest.approx(total, rel=1e-4, abs=1e-6)
+@st.composite
+def observed(draw: st.DrawFn) -> tuple[Observer, Scheme]:
+    """A histogram observer that has seen some distribution, and the scheme that it chooses a range for."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    channels = draw(st.sampled_from([None, None, 3]))
+    x = torch.randn(3, draw(st.sampled_from([1, 50, 3000])), generator=generator)
+    x = x * torch.rand(x.shape, generator=generator) ** draw(st.sampled_from([0, 4, 12]))
+    shape = draw(st.sampled_from(["both", "positive", "negative", "bounded", "zero"]))
+    x = {"both": x, "positive": x.relu(), "negative": -x.abs(), "bounded": x.clamp(-0.1, 0.3), "zero": x * 0}[shape]
+    scheme = Scheme(
+        draw(st.sampled_from(["uint8", "int8", "uint4", "int4"])),
+        symmetric=draw(st.booleans()),
+        observer=ObserverSpec("histogram", {"negative_weight": draw(st.sampled_from([1.0, 1.0, 0.01, 0.0]))}),
+        granularity=PER_TENSOR if channels is None else Granularity("per_channel", 0),
+    )
+    observer = make_observer(scheme.observer, scheme.granularity, channels, "x")
+    observer.observe(x)
+    return observer, scheme
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(observed())
+def test_clip_ranges_are_those_of_the_search_in_pytorch(isa: str, case: tuple[Observer, Scheme]) -> None:
+    observer, scheme = case
+    ours, theirs = observer._range(scheme), BinnedObserver._range(observer, scheme)  # type: ignore[arg-type]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, rtol=1e-9)
 
 
 def test_opcheck(operators: None) -> None:
@@ -173,14 +189,14 @@ def test_opcheck(operators: None) -> None:
         assert set(results.values()) == {"SUCCESS"}
     x, one = torch.randn(3, 4), (torch.ones(1), torch.zeros(1))
     by_channel = (torch.zeros(4, 512, dtype=torch.int64), torch.zeros(4), torch.zeros(4), buffers()[3])
-    doubles = [torch.rand(2, n, dtype=torch.float64) for n in (5, 5, 3, 3, 3)]
+    doubles = [torch.rand(4, dtype=torch.float64) for _ in range(2)]
     for operator, arguments in (
         ("observe_histogram", (x, *buffers())),
         ("observe_histogram", (x, *by_channel, 1, 0)),
         ("observe_range", (x, *buffers()[1:])),
         ("observe_range", (x, *by_channel[1:], 1, 0.1)),
         ("fake_quantize_histogram_forward", (x, *one, 0, 15, *buffers())),
-        ("clip_errors", doubles),
+        ("clip_ranges", (by_channel[0], *doubles, 0, 1.0, 0.01, 0, 15, False, 0, False)),
     ):
         results = torch.library.opcheck(getattr(torch.ops.qat, operator).default, arguments)
         assert set(results.values()) == {"SUCCESS"}
@@ -227,7 +243,8 @@ def test_minmax_refuses_what_it_cannot_do(operators: None) -> None:
         native.observe_minmax(torch.ones(2, dtype=torch.float16))
 
 
-ONE, DOUBLES = (torch.ones(1), torch.zeros(1)), [torch.ones(2, 3, dtype=torch.float64)] * 5
+ONE, DOUBLES = (torch.ones(1), torch.zeros(1)), [torch.ones(1, dtype=torch.float64)] * 2
+RULE = native.GridRule(0, 255, None, symmetric=False, middle=-1, power_of_two=False)
 
 
 @pytest.mark.parametrize(
@@ -238,9 +255,15 @@ ONE, DOUBLES = (torch.ones(1), torch.zeros(1)), [torch.ones(2, 3, dtype=torch.fl
         (lambda: native.observe_histogram(torch.ones(3, 2), *buffers(), axis=1), "counts is not a contiguous"),
         (lambda: native.observe_range(torch.ones(3, 2), *buffers()[1:], axis=0), "low is not a contiguous tensor of 3"),
         (lambda: native.observe_range(torch.ones(3), *buffers()[1:3], torch.zeros(1)), "nonfinite is not"),
-        (lambda: native.clip_errors(*[torch.ones(2, 3)] * 5), "points of shape .* is not float64"),
-        (lambda: native.clip_errors(*DOUBLES[:4], DOUBLES[4][:, :2]), "high of shape"),
-        (lambda: native.clip_errors(*DOUBLES[:2], *[DOUBLES[2][:1]] * 3), "scale has 1 channels and points 2"),
+        (lambda: native.clip_ranges(buffers()[0], *DOUBLES, 11, RULE, 0.01), "mantissa_bits 11 is outside"),
+        (lambda: native.clip_ranges(buffers()[0], *DOUBLES, 6, RULE, 0.01), "counts is not a contiguous"),
+        (lambda: native.clip_ranges(buffers()[0], torch.ones(1), DOUBLES[1], 7, RULE, 0.01), "low is not a contiguous"),
+        (lambda: native.clip_ranges(buffers()[0], DOUBLES[0], torch.ones(1), 7, RULE, 0.01), "float64"),
+        (lambda: native.clip_ranges(buffers()[0], *DOUBLES, 7, RULE._replace(qmax=0), 0.01), "is empty or too wide"),
+        (
+            lambda: native.clip_ranges(buffers()[0], *DOUBLES, 7, RULE._replace(symmetric=True), 0.01),
+            "middle is outside",
+        ),
         (
             lambda: native.fake_quantize_histogram(torch.ones(3), torch.ones(2), ONE[1], 0, 15, buffers()),
             "2 values in scale for 1 channels",
