@@ -2,7 +2,7 @@
 
 The peak is a loop of the multiply-accumulate instruction on registers only (vpdpbusd; without VNNI the saturating
 vpmaddubsw, vpmaddwd, vpaddd), measured beside every layer, times the threads. Products are those of the convolution,
-without padding of channels or tiles. The last line of a network is the time of all its convolutions and matrix products.
+without padding of channels or tiles. The last line of a network is the time of all its layers.
 
     python benchmarks/int8_peak.py [--network resnet50|mobilenet_v2] [--batch 1 16] [--isa ISA] [--json FILE]
 """

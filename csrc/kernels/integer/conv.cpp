@@ -68,13 +68,15 @@ class ConvLayer {
   Words words;
   int64_t word_bytes;    // of the copy of the activation, or of one row of a block, as words
 
-  int64_t row_word_bytes() const { return words == Words::by_block ? word_bytes : 0; }
+  int64_t block_word_bytes() const {
+    return words == Words::by_block ? (block_rows * word_bytes + 127) / 64 * 64 : 0;
+  }
 
   // Pointers, where rows go, and accumulators, for one part of the work.
   int64_t slot_bytes() const {
     const int64_t columns = weights->method == Method::depthwise ? weights->padded : max_units * unit_columns;
     const int64_t raw = bytes ? 0 : raw_rows * columns * 4;
-    return block_pointers * 8 + (block_rows * 4 + 63) / 64 * 64 + raw + block_rows * row_word_bytes();
+    return block_pointers * 8 + (block_rows * 4 + 63) / 64 * 64 + raw + block_word_bytes();
   }
 };
 
@@ -260,10 +262,12 @@ void fill_pointers(const Run& run, const Block& block, const uint8_t** to) {
 // Copies rows [begin, end) of a block of one tap as words, and points there.
 void widen_rows(const Run& run, int64_t begin, int64_t end, const uint8_t** pointers, int8_t* to) {
   const ConvLayer& l = run.layer;
+  const auto words = [&](int64_t r) { return reinterpret_cast<int16_t*>(to + r * l.word_bytes); };
+  const auto widen = l.weights->kernels->widen;
+  if (l.pointwise && begin < end) widen(pointers[begin], l.left_flip, (end - begin) * l.weights->inputs, words(begin));
   for (int64_t r = begin; r < end; ++r) {
-    auto* words = reinterpret_cast<int16_t*>(to + r * l.word_bytes);
-    l.weights->kernels->widen(pointers[r], l.left_flip, l.weights->inputs, words);
-    pointers[r] = reinterpret_cast<const uint8_t*>(words);
+    if (!l.pointwise) widen(pointers[r], l.left_flip, l.weights->inputs, words(r));
+    pointers[r] = reinterpret_cast<const uint8_t*>(words(r));
   }
 }
 
@@ -439,7 +443,7 @@ void run_part(const Run& run, int64_t part) {
           last = std::max(last, to);
         });
       }
-      widen_rows(run, first, last, pointers, slot + l.slot_bytes() - l.block_rows * l.word_bytes);
+      widen_rows(run, first, last, pointers, slot + l.slot_bytes() - l.block_word_bytes());
     }
     for (const Panel& panel : w.panels) {
       panel_rows(panel, [&](int64_t from, int64_t to) {
@@ -519,7 +523,8 @@ std::shared_ptr<const ConvLayer> prepare_conv(std::shared_ptr<const PackedWeight
   const bool reads_words = w.kernels->widen != nullptr && w.method != Method::depthwise;
   l.words = !reads_words ? Words::never : w.taps > 1 ? Words::ahead : Words::by_block;
   const int64_t word_count = l.words == Words::ahead ? shape.batch * l.image_bytes : int64_t{w.inputs};
-  l.word_bytes = reads_words ? (word_count * 2 + 127) / 64 * 64 : 0;
+  // the rows of one stretch of memory become words in one
+  l.word_bytes = !reads_words ? 0 : l.pointwise ? word_count * 2 : (word_count * 2 + 127) / 64 * 64;
   fill_zero_row(l);
   for (int32_t h = 0; h < (shape.transposed ? shape.stride_h : 1); ++h) {
     for (int32_t v = 0; v < (shape.transposed ? shape.stride_w : 1); ++v) add_phase(l, h, v);
