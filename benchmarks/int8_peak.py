@@ -1,7 +1,8 @@
 """Fraction of this machine's int8 peak that single layers reach, and what a layer of a network costs.
 
-The peak is a loop of the multiply-accumulate instruction on registers only, measured beside every layer, times the
-threads. Products are those of the convolution, without padding of channels or tiles.
+The peak is a loop of the multiply-accumulate instruction on registers only (vpdpbusd; without VNNI the saturating
+vpmaddubsw, vpmaddwd, vpaddd), measured beside every layer, times the threads. Products are those of the convolution,
+without padding of channels or tiles. The last line of a network is the time of all its layers.
 
     python benchmarks/int8_peak.py [--network resnet50|mobilenet_v2] [--batch 1 16] [--isa ISA] [--json FILE]
 """
@@ -132,7 +133,7 @@ def main() -> None:
                 )
                 total += count * seconds
                 products_total += count * products
-            print(f"| all | | {total * 1e6:.0f} | {products_total / total / peak:.2f} |\n")
+            print(f"| all, {total * 1e3:.2f} ms | | {total * 1e6:.0f} | {products_total / total / peak:.2f} |\n")
     if options.json:
         options.json.write_text(json.dumps({"isa": isa, "threads": threads, "layers": rows}, indent=1))
 

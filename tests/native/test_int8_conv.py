@@ -223,6 +223,42 @@ def test_large_sums(x_type: str, kernel: int) -> None:
     same_codes(layer)
 
 
+ENDS = st.sampled_from(["low", "high", "mixed"])
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.tuples(st.integers(1, 70), st.integers(1, 40), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2])),
+    st.tuples(KINDS, ENDS, ENDS, st.booleans()),
+    st.booleans(),
+)
+def test_ends_of_the_codes(sizes: tuple[int, int, int, int], ends: tuple[str, str, str, bool], depthwise: bool) -> None:
+    """The largest products everywhere, with the zero point at an end: sums of two would leave 16 bits."""
+    inputs, outputs, kernel, stride = sizes
+    x_type, of_x, of_weight, zero_is_low = ends
+
+    def filled(kind: str, which: str, *shape: int) -> Tensor:
+        low, high = RANGES[kind]
+        ends = {"low": torch.tensor(0.0), "high": torch.tensor(1.0), "mixed": torch.rand(shape).round()}
+        return torch.where(ends[which].expand(shape) > 0.5, high, low)
+
+    torch.manual_seed(inputs)
+    depth = 1 if depthwise else inputs
+    low, high = RANGES[x_type]
+    layer = Conv(
+        x=filled(x_type, of_x, 2, 4, 5, inputs),
+        weight=filled("s8", of_weight, inputs if depthwise else outputs, kernel, kernel, depth),
+        x_type=x_type,
+        x_grid=QParams(0.02, low if zero_is_low else high, low, high),
+        # the largest sum is the last code or the first
+        y_grid=QParams(0.02 * 0.01 * depth * kernel**2 * 255 * 128 / 120, 128, 0, 255),
+        stride=(stride, stride),
+        padding=(kernel // 2,) * 4,
+        groups=inputs if depthwise else 1,
+    )
+    same_codes(layer)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_codes_do_not_depend_on_the_threads(threads: int) -> None:
     torch.manual_seed(3)
