@@ -75,11 +75,11 @@ typedef void (*qat_parallel)(void* context, int64_t begin, int64_t end, int64_t 
 /* Options of a session; all zeros are the defaults. */
 typedef struct qat_options {
   const char* isa;      /* "portable", "avx2", ...; NULL or "": the best that the processor has */
-  int32_t threads;      /* into how many parts work is cut; 0 is 1 */
+  int32_t threads;      /* into how many parts work is cut, at most 1024; 0 is 1 */
   int32_t flags;        /* QAT_POISON or 0 */
   qat_parallel parallel; /* NULL: threads of the session itself, threads - 1 of them */
   void* parallel_context;
-  int64_t memory_limit; /* in bytes, of what qat_session_memory counts; 0: none */
+  int64_t memory_limit; /* in bytes, of what qat_session_arena_bytes counts; 0: none */
 } qat_options;
 
 /* Fills the memory for intermediate tensors with 0xAA before every run, so that tests notice what reads too early. */
@@ -117,8 +117,6 @@ QAT_API void qat_session_free(qat_session* session);
 QAT_API int qat_session_run(qat_session* session, const void* const* inputs, void* const* outputs);
 /* Bytes for intermediate tensors and scratch, which live in one block. */
 QAT_API int64_t qat_session_arena_bytes(const qat_session* session);
-/* Bytes of the block and of packed weights, which other sessions may share. */
-QAT_API int64_t qat_session_memory(const qat_session* session);
 /* Starts (1) or stops (0) measuring; starting sets all times to 0. */
 QAT_API int qat_session_profile(qat_session* session, int on);
 /* Nanoseconds of each operator, summed over the runs since the start of measuring; 0 for what costs nothing (reshape). */
