@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from plans import Plan, PlanWriter, Session, library
+from plans import DTYPES, Plan, PlanWriter, Session, library
+from runtime_cases import CASES, codes, convolution, fixed_point, layers, operator_plan
 from runtime_networks import A, B, E, attention, attention_reference, chain, chain_reference
 from torch import Tensor
 
 from qat import native
-from qat.integer.kernels import elementwise, layer_norm, layout, pool, requantize, resize, table
+from qat.integer.kernels import elementwise, requantize
 from qat.integer.kernels.qparams import QParams
 
 pytestmark = pytest.mark.skipif(not native.status().active, reason=f"native extension: {native.status().reason}")
@@ -22,10 +23,6 @@ def isas() -> list[str]:
     lib = library() if native.status().active else None
     names = ["portable", "avx2", "avxvnni", "avx512vnni"]
     return [n for n in names if lib is not None and lib.qat_find_isa(n.encode()) == n.encode()]
-
-
-def codes(q: QParams, *sizes: int, seed: int = 0) -> Tensor:
-    return torch.randint(q.qmin, q.qmax + 1, sizes, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
 
 
 @pytest.mark.parametrize("isa", isas())
@@ -57,112 +54,33 @@ def test_threads_of_torch() -> None:
     assert torch.equal(session.run(image)[0], chain_reference(image))
 
 
-U16 = QParams(0.0007, 30000, 0, 65535)
-CASES: dict[str, tuple[Any, ...]] = {}
-"""Operator to (inputs (kind, grid, sizes), output (kind, grid, sizes), integers, floats, constants, reference)."""
-
-
-def case(name: str, inputs: Any, output: Any, ints: Any, reference: Any, floats: Any = (), constants: Any = ()) -> None:
-    CASES[name] = (inputs, output, ints, floats, constants, reference)
-
-
-IMAGE = ("u8", A, [2, 5, 6, 7])
-_SLOPE = torch.tensor([0.1, -0.3, 0.0, 2.0, 1.0, 0.25, -1.0])
-_WEIGHT, _OFFSET = torch.linspace(-2, 2, 42), torch.linspace(-1, 3, 42)
-_TABLE = codes(U16, 256, seed=4)
-
-
-def _first(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2)
-
-
-def _last(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 1)
-
-
-case("requantize", [IMAGE], ("s8", E, IMAGE[2]), [], lambda x: requantize.requantize_codes(x, A, E))
-case("add", [IMAGE, ("s8", E, [6, 1])], ("u8", B, IMAGE[2]), [], lambda a, b: elementwise.add(a, A, b, E, B))
-case("sub", [("s8", E, [7]), IMAGE], ("u8", B, IMAGE[2]), [], lambda a, b: elementwise.sub(a, E, b, A, B))
-case("mul", [IMAGE, ("s8", E, [2, 5, 6, 7])], ("u8", B, IMAGE[2]), [], lambda a, b: elementwise.mul(a, A, b, E, B))
-case("div", [IMAGE, ("s8", E, [1])], ("u8", B, IMAGE[2]), [], lambda a, b: elementwise.div(a, A, b, E, B))
-case(
-    "avg_pool", [IMAGE], ("u8", B, [2, 3, 5, 7]), [3, 2, 2, 1, 1, 0, 1, 0, 0],
-    lambda x: _last(pool.avg_pool(_first(x), A, B, (3, 2), (2, 1), (1, 0, 1, 0), count_include_pad=False)),
-)  # fmt: skip
-case("mean", [IMAGE], ("s8", E, [2, 1, 6, 1]), [1, 3], lambda x: pool.reduce_mean(x, A, E, [1, 3], keepdims=True))
-case(
-    "resize_nearest", [IMAGE], ("u8", A, [2, 10, 6, 7]), [], lambda x: _last(resize.resize_nearest(_first(x), (10, 6))),
-    constants=[("s32", torch.arange(10) // 2), ("s32", torch.arange(6))],
-)  # fmt: skip
-_TAPS = [t for out, size in ((7, 5), (9, 6)) for t in resize._taps(out, None, size, False)[:3]]
-case(
-    "resize_linear", [IMAGE], ("u8", B, [2, 7, 9, 7]), [],
-    lambda x: _last(resize.resize_bilinear(_first(x), A, B, (7, 9))),
-    constants=[("f32" if t.is_floating_point() else "s32", t) for t in _TAPS],
-)  # fmt: skip
-case(
-    "pad", [IMAGE], ("u8", A, [2, 8, 7, 7]), [0, 9, 0, 0, 1, 2, 0, 1, 0, 0],
-    lambda x: torch.nn.functional.pad(x, (0, 0, 0, 1, 1, 2), value=9),
-)  # fmt: skip
-case("transpose", [IMAGE], ("u8", A, [7, 2, 6, 5]), [3, 0, 2, 1], lambda x: x.permute(3, 0, 2, 1))
-case(
-    "slice", [IMAGE], ("u8", A, [2, 2, 3, 7]), [0, 4, 1, 0, 1, -3, 2, 1],
-    lambda x: x[:, [4, 1]][:, :, [1, 3, 5]],
-)  # fmt: skip
-case("expand", [("u8", A, [5, 1, 7])], ("u8", A, [2, 5, 6, 7]), [], lambda x: x.expand(2, 5, 6, 7))
-case("roll", [IMAGE], IMAGE, [0, 2, -1, 9], lambda x: x.roll((2, -1, 9), (1, 2, 3)))
-case(
-    "layer_norm", [IMAGE], ("s8", E, IMAGE[2]), [2],
-    lambda x: layer_norm.layer_norm(x, A, _WEIGHT.view(6, 7), _OFFSET.view(6, 7), E, 2, 1e-5),
-    floats=[1e-5], constants=[("f32", _WEIGHT.view(6, 7)), ("f32", _OFFSET.view(6, 7))],
-)  # fmt: skip
-case(
-    "prelu", [IMAGE], ("u8", B, IMAGE[2]), [3], lambda x: table.prelu(x, A, _SLOPE, B, 3), constants=[("f32", _SLOPE)]
-)
-case("table", [IMAGE], ("s8", E, IMAGE[2]), [], lambda x: (_TABLE % 256 - 128)[x.long()],
-     constants=[("s8", _TABLE % 256 - 128)])  # fmt: skip
-case("concat", [IMAGE, ("s8", E, [2, 5, 2, 7])], ("u8", A, [2, 5, 8, 7]), [2],
-     lambda a, b: layout.concat([(a, A), (b, E)], A, 2))  # fmt: skip
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_operator(name: str) -> None:
-    inputs, output, ints, floats, constants, reference = CASES[name]
-    w = PlanWriter()
-    names = [w.tensor(f"in{i}", kind, sizes, q) for i, (kind, q, sizes) in enumerate(inputs)]
-    w.tensor("y", output[0], output[2], output[1])
-    extra = [w.constant(f"constant{i}", kind, values) for i, (kind, values) in enumerate(constants)]
-    w.op(name, [*names, *extra], "y", ints, floats)
-    given = [codes(q, *sizes, seed=i) for i, (_, q, sizes) in enumerate(inputs)]
-    expected = reference(*given)
-    stored = [g.to({"u8": torch.uint8, "s8": torch.int8}[kind]) for g, (kind, _, _) in zip(given, inputs, strict=True)]
+    case = CASES[name]
+    given = [codes(q, *sizes, seed=i) for i, (_, q, sizes) in enumerate(case.inputs)]
+    expected = case.reference(*given)
+    stored = [g.to(DTYPES[kind]) for g, (kind, _, _) in zip(given, case.inputs, strict=True)]
     for threads in (1, 3):
-        (result,) = Session(Plan(w.to_bytes(names, ["y"])), 1, threads=threads).run(*stored)
+        (result,) = Session(Plan(operator_plan(name)), 1, threads=threads).run(*stored)
         assert torch.equal(result.to(torch.int32), expected.to(torch.int32).contiguous())
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("name", layers())
+def test_convolution(name: str, isa: str) -> None:
+    layer = layers()[name]
+    inputs = [layer.x.to(DTYPES[layer.x_type])]
+    if layer.residual is not None:
+        inputs.append(layer.residual.to(DTYPES[layer.residual_type]))
+    (result,) = Session(Plan(convolution(layer)), 1, isa, 2).run(*inputs)
+    assert torch.equal(result.to(torch.int32), layer.reference().to(torch.int32))
 
 
 @pytest.mark.parametrize("double_rounding", [True, False])
 def test_fixed_point_profile(double_rounding: bool) -> None:
-    from int8_layers import Conv
-
-    g = torch.Generator().manual_seed(3)
-    weight = torch.randint(-127, 128, (5, 3, 3, 4), generator=g)
-    fixed = torch.randint(2**30, 2**31 - 1, (5,), generator=g)
-    shift = torch.tensor([-7, -8, -6, -9, -7])
-    x = codes(E, 2, 6, 6, 4, seed=3)
-    w = PlanWriter(profile=1 if double_rounding else 2)
-    w.tensor("x", "s8", [-1, 6, 6, 4], E)
-    w.tensor("y", "s8", [-1, 4, 4, 5], E)
-    w.constant("weight", "s8", weight)
-    w.constant("scales", "f32", torch.full((5,), 0.01))
-    w.constant("multipliers", "s32", fixed)
-    w.constant("shifts", "s32", shift)
-    w.conv("c", {n: n for n in ("x", "weight", "scales", "multipliers", "shifts")}, "y", ("s8", E))
-    expected = Conv(
-        x, weight, "s8", "s8", E, E, fixed=fixed, shift=shift, double_rounding=double_rounding
-    ).reference()
-    (result,) = Session(Plan(w.to_bytes(["x"], ["y"])), 2).run(x.to(torch.int8))
-    assert torch.equal(result.to(torch.int32), expected.to(torch.int32))
+    plan, layer = fixed_point(double_rounding)
+    (result,) = Session(Plan(plan), 2).run(layer.x.to(torch.int8))
+    assert torch.equal(result.to(torch.int32), layer.reference().to(torch.int32))
 
 
 def test_tensors_that_only_change_their_sizes_cost_nothing() -> None:
