@@ -147,6 +147,16 @@ class Builder:
             self.emit(Kind.RESHAPE, moved.tensor, (value.tensor,), moved)
         return moved
 
+    def output(self, name: str) -> Value:
+        """A value that an operator of the plan writes: a copy where that is an input or a constant."""
+        value = self.value(name)
+        if any(op.output == value.tensor for op in self.ops):
+            return value
+        copy = replace(value, tensor=self._name(f"{value.tensor}:copy"))
+        self._declare(copy)
+        self.reshape(value, copy)
+        return copy
+
     # -- writing
 
     def reshape(self, value: Value, result: Value) -> None:

@@ -26,9 +26,9 @@ class SegmentPlan:
     """The plan of a segment, and how its inputs and outputs lie.
 
     Attributes:
-        plan: The plan; its inputs and outputs are in the order of those of the segment.
-        inputs: What each input is.
-        outputs: What each output is.
+        plan: The plan.
+        inputs: What each input of the segment is, in the order of the plan's inputs.
+        outputs: What each output of the segment is; several may be one output of the plan.
     """
 
     plan: PlanFile
@@ -52,8 +52,8 @@ def lower_segment(
     inputs = tuple(builder.define(name, logical(len(program.tensors[name].shape))) for name in segment.inputs)
     for step in steps_of(program, segment.ops, segment.outputs, fuse):
         _WRITERS[step.op.kind](builder, step)
-    outputs = tuple(builder.value(name) for name in segment.outputs)
-    plan = builder.finish([v.tensor for v in inputs], [v.tensor for v in outputs])
+    outputs = tuple(builder.output(name) for name in segment.outputs)
+    plan = builder.finish([v.tensor for v in inputs], list(dict.fromkeys(v.tensor for v in outputs)))
     return SegmentPlan(plan, inputs, outputs)
 
 

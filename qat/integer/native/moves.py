@@ -63,13 +63,11 @@ def pad(b: Builder, step: Step) -> None:
     op, x = step.op, b.value(step.op.inputs[0])
     pairs = list(op.attrs["pads"])
     pairs = [(0, 0)] * (len(x.shape) - len(pairs)) + pairs
-    code = int(quantize(torch.tensor(op.attrs.get("value") or 0.0), x.params))
     encoding = b.program.encoding_of(step.output)
     assert encoding is not None
-    if op.attrs["mode"] == "constant":
-        # with the range of the whole encoding, which may be wider than the one that the input is known to have
-        full = replace(x.grid, qmin=encoding.qmin, qmax=encoding.qmax)
-        code = int(quantize(torch.tensor(op.attrs.get("value") or 0.0), replace(x, grid=full).params))
+    # the input may be known to have a narrower range than its encoding; what is padded with is in the whole range
+    full = replace(x, grid=replace(x.grid, qmin=encoding.qmin, qmax=encoding.qmax))
+    code = int(quantize(torch.tensor(op.attrs.get("value") or 0.0), full.params))
     grid = replace(x.grid, qmin=min(x.grid.qmin, code), qmax=max(x.grid.qmax, code))
     y = b.define(step.output, x.order, grid)
     sides = [side for d in x.order for side in pairs[d]]
