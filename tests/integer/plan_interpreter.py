@@ -12,8 +12,10 @@ from torch.nn import functional as F
 from qat.integer.kernels import elementwise, layer_norm, linear, normalize, pool
 from qat.integer.kernels.qparams import QParams
 from qat.integer.kernels.requantize import dequantize, quantize, requantize_codes
-from qat.integer.native.lowering import SegmentPlan
+from qat.integer.model import IntegerModel
+from qat.integer.native.lowering import SegmentPlan, lower_segment
 from qat.integer.native.planfile import Grid, Kind, PlanConstant, PlanOp, PlanTensor, Type
+from qat.integer.native.segments import reasons, split
 
 _NUMPY = {Type.U8: "u1", Type.S8: "i1", Type.U16: "<u2", Type.S16: "<i2", Type.S32: "<i4", Type.F32: "<f4"}
 
@@ -199,3 +201,24 @@ class Interpreter:
             assert len(table) == own.levels
             codes = table[(codes - qmin).long()]
         return codes
+
+
+def differing(imodel: IntegerModel, inputs: tuple[Tensor, ...], *, every: bool) -> list[str]:
+    """Tensors in which the plans of a model, interpreted, differ from the model in PyTorch.
+
+    `every` keeps every tensor of the program and fuses nothing.
+    """
+    program = imodel.program
+    in_pytorch = reasons(program)
+    batch = imodel._batch(imodel._inputs(inputs, {}))
+    expected = imodel.run(inputs, set(program.tensors))
+    constants = {name: imodel.constants.get_buffer(key) for name, key in imodel._keys.items()}
+    wrong, compared = [], 0
+    for segment in split(program, in_pytorch, set(program.tensors) if every else ()):
+        if segment.native:
+            plan = lower_segment(program, segment, constants, single=batch == 1, fuse=not every)
+            found = Interpreter(plan, batch).run([expected[name] for name in segment.inputs])
+            compared += len(found)
+            wrong += [n for n, y in zip(segment.outputs, found, strict=True) if not torch.equal(y, expected[n])]
+    assert compared >= (sum(op.outputs[0] not in in_pytorch for op in program.ops) if every else 1)
+    return wrong
