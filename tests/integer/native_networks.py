@@ -79,7 +79,8 @@ def arithmetic() -> Made:
         return [
             a + b, a - b, a * b, a / (b.sigmoid() + 1), a * gate, gate * a, gate + a, a + gate, a + 1.5, 2 - a, 0.3 * a,
             a + m.row, m.row + b, a * m.column, (a * b + m.row).clamp(-0.3, 0.9), F.relu(a - b), a[:, :1] + b,
-            a.mean((1, 2, 3), keepdim=True) + b.mean((1, 2, 3), keepdim=True), a.flatten(1).mean(1) + b.flatten(1).mean(1),
+            a.mean((1, 2, 3), keepdim=True) + b.mean((1, 2, 3), keepdim=True),
+            a.flatten(1).mean(1) + b.flatten(1).mean(1),
         ]  # fmt: skip
 
     members = {"a": conv(), "b": conv(), "c": conv(kernel=1), "row": torch.randn(7), "column": torch.randn(4, 9, 1)}
@@ -99,9 +100,10 @@ def functions() -> Made:
 
 def pooling() -> Made:
     pools = [
-        nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=2), nn.AvgPool2d(3, 2, 1),
-        nn.AvgPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(3, 2, 1, ceil_mode=True),
-        nn.AvgPool2d((3, 2), 2, (1, 0), count_include_pad=False), nn.AdaptiveAvgPool2d(1), nn.AdaptiveAvgPool2d((None, 1)),
+        nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 2, ceil_mode=True), nn.MaxPool2d(2, 1, dilation=2),
+        nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+        nn.AvgPool2d((3, 2), 2, (1, 0), count_include_pad=False), nn.AdaptiveAvgPool2d(1),
+        nn.AdaptiveAvgPool2d((None, 1)),
     ]  # fmt: skip
     return between(*pools)
 
@@ -123,12 +125,15 @@ def resizing() -> Made:
 def moving() -> Made:
     return between(
         lambda y: F.pad(y, (1, 2, 0, 3)), lambda y: F.pad(y, (1, 2, 2, 1), "reflect"),
-        lambda y: F.pad(y, (0, 2, 2, 1), "replicate"), lambda y: F.pad(y, (1, 1, 1, 1), value=0.5), lambda y: y[..., 1:5],
+        lambda y: F.pad(y, (0, 2, 2, 1), "replicate"), lambda y: F.pad(y, (1, 1, 1, 1), value=0.5),
+        lambda y: y[..., 1:5],
         lambda y: y[:, :, ::2, 1:], lambda y: y.flip(-1), lambda y: y.mT, lambda y: y.permute(0, 1, 3, 2)[:, :, 1:],
         lambda y: torch.cat([y, y * 0.5], 2), lambda y: torch.cat([y[:, 2:], y[:, :2].relu()], 1),
-        lambda y: torch.roll(y, (1, -2), (2, 3)), lambda y: y.reshape(y.shape[0], 2, 2, 9, 7).transpose(1, 2).flatten(1, 2),
+        lambda y: torch.roll(y, (1, -2), (2, 3)),
+        lambda y: y.reshape(y.shape[0], 2, 2, 9, 7).transpose(1, 2).flatten(1, 2),
         lambda y: y.flatten(2).reshape(y.shape[0], 4, 7, 9), lambda y: y[:, :1].expand(-1, 4, -1, -1),
-        lambda y: torch.stack([y[:, 0], y[:, 3], y[:, 1], y[:, 2]], 1), lambda y: F.pixel_shuffle(F.pad(y, (0, 1, 0, 1)), 2).repeat(1, 4, 1, 1),
+        lambda y: torch.stack([y[:, 0], y[:, 3], y[:, 1], y[:, 2]], 1),
+        lambda y: F.pixel_shuffle(F.pad(y, (0, 1, 0, 1)), 2).repeat(1, 4, 1, 1),
     )  # fmt: skip
 
 
@@ -143,7 +148,8 @@ def heads() -> Made:
 class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.attention = nn.LayerNorm(8), nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.first, self.second = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
         self.up, self.down, self.token = nn.Linear(8, 16), nn.Linear(16, 8), nn.Parameter(torch.randn(1, 1, 8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,7 +166,14 @@ def attention() -> Made:
 def normalization() -> Made:
     def forward(m: Fn, x: Tensor) -> Any:
         y = m.a(x)
-        return [m.last(y), m.two(y), m.channels(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), y.softmax(1), y.softmax(-1), y.softmax(2)]
+        return [
+            m.last(y),
+            m.two(y),
+            m.channels(y.permute(0, 2, 3, 1)).permute(0, 3, 1, 2),
+            y.softmax(1),
+            y.softmax(-1),
+            y.softmax(2),
+        ]
 
     members = {"last": nn.LayerNorm(7), "two": nn.LayerNorm((9, 7)), "channels": nn.LayerNorm(4)}
     return Fn(forward, a=conv(), **members), image()
@@ -170,7 +183,14 @@ def products() -> Made:
     def forward(m: Fn, x: Tensor) -> Any:
         y = m.a(x)
         flat = y.flatten(2)
-        return [y @ y.mT, y.mT @ y, flat @ flat.mT, (flat.mT @ flat).softmax(-1) @ flat.mT, y @ m.matrix, m.matrix.mT @ y.mT]
+        return [
+            y @ y.mT,
+            y.mT @ y,
+            flat @ flat.mT,
+            (flat.mT @ flat).softmax(-1) @ flat.mT,
+            y @ m.matrix,
+            m.matrix.mT @ y.mT,
+        ]
 
     return Fn(forward, a=conv(), matrix=torch.randn(7, 5)), image()
 
@@ -187,8 +207,8 @@ def islands() -> Made:
 NETWORKS: dict[str, Callable[[], Made]] = {
     make.__name__: make
     for make in (
-        layers, transposed, one_dimension, fully_connected, residuals, arithmetic, functions, pooling, means, resizing, moving,
-        heads, attention, normalization, products, islands,
+        layers, transposed, one_dimension, fully_connected, residuals, arithmetic, functions, pooling, means, resizing,
+        moving, heads, attention, normalization, products, islands,
     )
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Runs a plan in PyTorch, by the page docs/plan_format.md: what the native runner is to compute, one operator at a time."""
+"""Runs a plan in PyTorch, by the page docs/plan_format.md: what the native runner is to compute."""
 
 from __future__ import annotations
 
@@ -31,14 +31,18 @@ def constant(item: PlanConstant) -> Tensor:
         data = np.frombuffer(item.data, "u1").astype("i4")
         halves = np.stack([data & 15, data >> 4], 1).flatten()[: math.prod(item.sizes)]
         return torch.from_numpy((halves ^ 8) - 8).reshape(item.sizes)
-    values = torch.from_numpy(np.frombuffer(item.data, _NUMPY[item.type]).copy().astype("f4" if item.type == Type.F32 else "i4"))
+    values = torch.from_numpy(
+        np.frombuffer(item.data, _NUMPY[item.type]).copy().astype("f4" if item.type == Type.F32 else "i4")
+    )
     return values.reshape(item.sizes)
 
 
 class Interpreter:
     def __init__(self, plan: SegmentPlan, batch: int) -> None:
         self.segment, self.plan, self.batch = plan, plan.plan, batch
-        self.things: dict[str, PlanTensor | PlanConstant] = {t.name: t for t in (*self.plan.tensors, *self.plan.constants)}
+        self.things: dict[str, PlanTensor | PlanConstant] = {
+            t.name: t for t in (*self.plan.tensors, *self.plan.constants)
+        }
         self.values = {c.name: constant(c) for c in self.plan.constants}
         self.plan.to_bytes()
 

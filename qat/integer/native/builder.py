@@ -200,9 +200,7 @@ class Builder:
         floats: Sequence[float] = (),
     ) -> None:  # fmt: skip
         """Add an operator."""
-        self.ops.append(
-            PlanOp(kind, name, tuple(inputs), output.tensor, tuple(int(i) for i in ints), tuple(floats))
-        )
+        self.ops.append(PlanOp(kind, name, tuple(inputs), output.tensor, tuple(int(i) for i in ints), tuple(floats)))
 
     def want(self, name: str) -> Order:
         """The order in which a tensor is read, or the logical one."""
@@ -220,5 +218,3 @@ class Builder:
 
 def _digits(order: Order) -> str:
     return "".join(map(str, order))
-
-

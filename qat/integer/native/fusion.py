@@ -62,8 +62,9 @@ def steps_of(program: Program, ops: Sequence[Op], keep: Collection[str] = (), fu
         return [Step(op) for op in ops]
     finder = _Fusions(program, ops, keep)
     steps: dict[str, Step] = {}
-    # from the end: of two layers that are added, the later one adds
-    for op in reversed(ops):
+    # layers choose first, and from the end: of two that are added, the later one adds
+    layers = [op for op in reversed(ops) if op.kind in _LAYERS]
+    for op in (*layers, *(op for op in ops if op.kind not in _LAYERS)):
         if op.outputs[0] not in finder.taken:
             step = finder.step(op)
             steps[step.output] = step

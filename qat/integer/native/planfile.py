@@ -162,12 +162,13 @@ class PlanFile:
         return _MAGIC + struct.pack("<II", _VERSION, zlib.crc32(tail)) + tail
 
     def _numbers(self) -> dict[str, int]:
-        names = [item.name for item in (*self.tensors, *self.constants)]
+        items: list[PlanTensor | PlanConstant] = [*self.tensors, *self.constants]
+        names = [item.name for item in items]
         numbers = {name: number for number, name in enumerate(names)}
         if len(numbers) != len(names) or "" in numbers:
             twice = next(name for name in names if not name or names.count(name) > 1)
             raise ExportError(f"{twice!r} names two things of a plan, or is no name", "give each a name of its own")
-        for item in (*self.tensors, *self.constants):
+        for item in items:
             if item.type == Type.S4 and isinstance(item, PlanTensor):
                 raise ExportError(f"tensor {item.name!r} of a plan has 4 bits", "only constants may")
             if isinstance(item, PlanConstant) and (

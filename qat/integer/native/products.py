@@ -176,5 +176,3 @@ def matmul(b: Builder, step: Step) -> None:
     assert encoding is not None
     y = b.define(step.output, straight, narrowed(b, grid_of(encoding), step.own_clamp))
     b.emit(Kind.MATMUL, op.name, (left.tensor, right.tensor), y, (transposed,))
-
-

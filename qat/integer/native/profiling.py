@@ -86,7 +86,7 @@ class Profile:
         """A table in execution order; operators without any time of their own are left out."""
         total = self.seconds or 1.0
         shown = [entry for entry in self.entries if entry.seconds * 1e7 >= 1.0]
-        rows = [("operator", "kind", "where", "us", "share", "MMACs", "GMAC/s")]
+        rows: list[tuple[str, ...]] = [("operator", "kind", "where", "us", "share", "MMACs", "GMAC/s")]
         rows += [_row(entry, total) for entry in shown]
         macs = sum(entry.macs for entry in self.entries)
         rows.append(_row(OpTime("all", "", "", self.seconds, macs), total))

@@ -32,7 +32,9 @@ def reasons(program: Program) -> dict[str, str]:
     return {name: reason for name, reason in found.items() if reason}
 
 
-def split(program: Program, in_pytorch: Collection[str] | Mapping[str, str], keep: Collection[str] = ()) -> list[Segment]:
+def split(
+    program: Program, in_pytorch: Collection[str] | Mapping[str, str], keep: Collection[str] = ()
+) -> list[Segment]:
     """Split a program into as few segments as taking turns gives, in an order in which they can run.
 
     Args:

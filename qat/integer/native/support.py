@@ -11,9 +11,7 @@ from qat.integer.operators import qparams
 from qat.integer.program import Op, Program
 
 #: The type of the runner that stores the codes of a dtype; it computes with 8 and 16 bits.
-TYPES: Mapping[str, Type] = MappingProxyType(
-    {"uint8": Type.U8, "int8": Type.S8, "uint16": Type.U16, "int16": Type.S16}
-)
+TYPES: Mapping[str, Type] = MappingProxyType({"uint8": Type.U8, "int8": Type.S8, "uint16": Type.U16, "int16": Type.S16})
 _WEIGHT_TYPES = frozenset({"int4", "uint4", "int8", "uint8"})
 _MAX_RANK = 8
 
