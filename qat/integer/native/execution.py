@@ -89,6 +89,10 @@ class NativeProgram:
                     values.pop(name, None)
         with self._lock:
             self._idle = [(key, sessions), *self._idle][:_KEPT_SESSIONS]
+        return self._results(values)
+
+    def _results(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Choose the program's outputs."""
         return {name: values[name] if name in values else self._constants[name] for name in self.program.outputs}
 
     def _take(self, key: tuple[int, int]) -> list[Session | None]:
@@ -108,9 +112,12 @@ class NativeProgram:
         segment = self.segments[number]
         single = batch == 1 and depends_on_batch(self.program, segment.ops)
         if (number, single) not in self._loaded:
-            plan = lower_segment(self.program, segment, self._constants, single=single)
+            plan = self._lower(segment, single)
             self._loaded[number, single] = Loaded(plan, Network(plan.plan.to_bytes()))
         return self._loaded[number, single]
+
+    def _lower(self, segment: Segment, single: bool) -> SegmentPlan:
+        return lower_segment(self.program, segment, self._constants, single=single)
 
     def _run_native(
         self, number: int, segment: Segment, session: Session, values: dict[str, Tensor], batch: int,
