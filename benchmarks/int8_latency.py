@@ -5,8 +5,8 @@
 All peers run in this process, in interleaved rounds; a peer that is not installed is named and left
 out. ONNX Runtime and OpenVINO read the file that this project exports, so the three compute the same quantized network
 (ONNX Runtime twice: in the sessions of `qat.export.runtime`, which are exact, and in plain ones, which on x86 without
-VNNI saturate sums). torch.ao quantizes the same model by itself (FX; the table names the engine). Weights are random: no
-time depends on them. Ratios are of medians, and above 1 where this project is faster. Run it with nothing else
+VNNI saturate sums). torch.ao quantizes the same model itself (FX; the table names the engine). Weights are random:
+no time depends on them. Ratios are of medians, and above 1 where this project is faster. Run it with nothing else
 on the machine.
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qat.integer.native.builder import Value
 from qat.integer.native.lowering import SegmentPlan, depends_on_batch, lower_segment
-from qat.integer.native.planfile import Type
+from qat.integer.native.planfile import Kind, Type
 from qat.integer.native.profiling import OpTime, Placement
 from qat.integer.native.segments import Segment, reasons, split
 from qat.integer.program import Op, Program
@@ -24,6 +24,9 @@ _KEPT_SESSIONS = 4
 _DTYPES: Mapping[Type, torch.dtype] = {
     Type.U8: torch.uint8, Type.S8: torch.int8, Type.U16: torch.uint16, Type.S16: torch.int16, Type.F32: torch.float32
 }  # fmt: skip
+
+#: Operators that multiply and accumulate; what converts their results may have the same name.
+_PRODUCTS = frozenset({Kind.CONV, Kind.MATMUL})
 
 #: Runs one operator in PyTorch: (operator, values, batch size) to its outputs.
 RunOp = Callable[[Op, dict[str, Tensor], int], tuple[Tensor, ...]]
@@ -45,14 +48,22 @@ class NativeProgram:
         constants: Values of its constants; read when a plan is made, which is when it is first needed.
         active: False leaves everything in PyTorch.
         reason: Why, in one line.
+        keep: Tensors that are results beside the program's outputs; nothing is fused then.
     """
 
     def __init__(
-        self, program: Program, constants: Mapping[str, Tensor], *, active: bool = True, reason: str = ""
+        self,
+        program: Program,
+        constants: Mapping[str, Tensor],
+        *,
+        active: bool = True,
+        reason: str = "",
+        keep: Collection[str] = (),
     ) -> None:
         self.program, self._constants = program, constants
         in_pytorch = reasons(program) if active else {op.outputs[0]: reason for op in program.ops}
-        self.segments: Sequence[Segment] = split(program, in_pytorch)
+        self.segments: Sequence[Segment] = split(program, in_pytorch, keep)
+        self._results, self._fuse = dict.fromkeys((*program.outputs, *keep)), not keep
         parts = sum(segment.native for segment in self.segments)
         self.placement = Placement(active, reason, len(program.ops), parts, in_pytorch)
         self._last_read = {name: i for i, segment in enumerate(self.segments) for name in segment.inputs}
@@ -85,15 +96,11 @@ class NativeProgram:
             else:
                 self._run_pytorch(segment, values, batch, run_op, found)
             for name in segment.inputs:
-                if self._last_read[name] == number and name not in self.program.outputs:
+                if self._last_read[name] == number and name not in self._results:
                     values.pop(name, None)
         with self._lock:
             self._idle = [(key, sessions), *self._idle][:_KEPT_SESSIONS]
-        return self._results(values)
-
-    def _results(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Choose the program's outputs."""
-        return {name: values[name] if name in values else self._constants[name] for name in self.program.outputs}
+        return {name: values[name] if name in values else self._constants[name] for name in self._results}
 
     def _take(self, key: tuple[int, int]) -> list[Session | None]:
         """Sessions for a batch size and thread count that nobody else uses meanwhile."""
@@ -112,12 +119,10 @@ class NativeProgram:
         segment = self.segments[number]
         single = batch == 1 and depends_on_batch(self.program, segment.ops)
         if (number, single) not in self._loaded:
-            plan = self._lower(segment, single)
+            values = self._constants
+            plan = lower_segment(self.program, segment, values, single=single, fuse=self._fuse)
             self._loaded[number, single] = Loaded(plan, Network(plan.plan.to_bytes()))
         return self._loaded[number, single]
-
-    def _lower(self, segment: Segment, single: bool) -> SegmentPlan:
-        return lower_segment(self.program, segment, self._constants, single=single)
 
     def _run_native(
         self, number: int, segment: Segment, session: Session, values: dict[str, Tensor], batch: int,
@@ -135,9 +140,15 @@ class NativeProgram:
         for name, value in zip(segment.outputs, plan.outputs, strict=True):
             values[name] = _logical(results[value.tensor], value)
         if found is not None:
-            macs = {op.name: op.macs * batch for op in segment.ops}
+            macs = {op.name: op.macs * batch for op in segment.ops if op.macs}
             found += [
-                OpTime(op.name, op.kind.name.lower(), "native", seconds, macs.get(op.name, 0))
+                OpTime(
+                    op.name,
+                    op.kind.name.lower(),
+                    "native",
+                    seconds,
+                    macs.get(op.name, 0) if op.kind in _PRODUCTS else 0,
+                )
                 for op, seconds in zip(plan.plan.ops, times, strict=True)
             ]
 
