@@ -113,6 +113,7 @@ def float_calls(model: nn.Module, x: Tensor) -> dict[str, Call]:
     return {"float32 eager": lambda: last(y)}
 
 
+@torch.inference_mode()
 def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every round of each call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -125,7 +126,6 @@ def interleaved(calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     return times
 
 
-@torch.inference_mode()
 def measure(name: str, batches: list[int], rounds: int, threads: int) -> list[dict[str, Any]]:
     model = model_of(name)
     rows = []
