@@ -239,7 +239,7 @@ def test_accumulators_are_integers(imodel: IntegerModel, monkeypatch: pytest.Mon
         return result
 
     monkeypatch.setattr(accumulate, "_as_integer", spy)
-    imodel(*inputs())
+    imodel.run(inputs())
     products = [op for op in imodel.program.ops if op.kind in ("conv", "conv_transpose", "linear", "matmul")]
     assert len(products) == 5
     assert len(seen) >= len(products)
@@ -270,14 +270,14 @@ def test_a_long_sum_is_exact() -> None:
 
 def test_weights_are_prepared_once(imodel: IntegerModel, monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs()
-    before = imodel(*x)
+    before = imodel.run(x)
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a weight was prepared again")
 
     monkeypatch.setattr("qat.integer.operators.plan_conv", never)
     monkeypatch.setattr("qat.integer.operators.plan_linear", never)
-    assert same(imodel(*x), before)
+    assert same(imodel.run(x), before)
     imodel.to(torch.device("cpu"))
     with pytest.raises(AssertionError, match="prepared again"):
-        imodel(*x)
+        imodel.run(x)
