@@ -17,6 +17,7 @@ import qat
 from qat.errors import DataError, StateError
 from qat.integer.kernels import accumulate
 from qat.integer.model import IntegerModel
+from qat.native import Status, runner
 
 
 class Network(nn.Module):
@@ -172,6 +173,29 @@ def test_there_is_no_training(imodel: IntegerModel) -> None:
     assert same(imodel(*x), before)
     assert not any(module.training for module in imodel.modules())
     assert not any(value.requires_grad for value in flat(imodel(*x)))
+
+
+# without the native runner ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "status", lambda: Status(False, "the extension was not built"))
+
+
+def test_pytorch_runs_what_the_library_cannot(imodel: IntegerModel, no_runner: None) -> None:
+    x = inputs()
+    found, expected = imodel(*x), imodel.run(x)
+    assert same([found["scores"], found["gram"]], [expected[name] for name in imodel.program.outputs])
+    count = len(imodel.program.ops)
+    assert str(imodel.native) == f"PyTorch runs all {count} operators: the extension was not built"
+
+
+def test_operators_in_pytorch_have_a_profile_too(imodel: IntegerModel, no_runner: None) -> None:
+    profile = imodel.profile(*inputs(), rounds=1)
+    assert [entry.name for entry in profile.entries] == [op.name for op in imodel.program.ops]
+    assert {entry.where for entry in profile.entries} == {"pytorch"}
+    assert sum(entry.macs for entry in profile.entries) == 4 * sum(op.macs for op in imodel.program.ops)
 
 
 # exactness ----------------------------------------------------------------------------------------------------------

@@ -228,9 +228,7 @@ class Session:
         self.handle = ctypes.c_void_p()
         function = None if parallel is None else ctypes.cast(parallel, ctypes.c_void_p)  # type: ignore[arg-type]
         options = _Options(isa.encode(), threads, flags, function, None, memory_limit)
-        plan.check(
-            self.lib.qat_session_create(plan.handle, batch, ctypes.byref(options), ctypes.byref(self.handle))
-        )
+        plan.check(self.lib.qat_session_create(plan.handle, batch, ctypes.byref(options), ctypes.byref(self.handle)))
 
     def __del__(self) -> None:
         self.lib.qat_session_free(self.handle)

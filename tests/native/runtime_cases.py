@@ -92,9 +92,7 @@ case(
     lambda x: layer_norm.layer_norm(x, A, _WEIGHT.view(6, 7), _OFFSET.view(6, 7), E, 2, 1e-5),
     floats=[1e-5], constants=[("f32", _WEIGHT.view(6, 7)), ("f32", _OFFSET.view(6, 7))],
 )  # fmt: skip
-case(
-    "prelu", [IMAGE], ("u8", B, IMAGE[2]), [3], lambda x: table.prelu(x, A, _SLOPE, B, 3), constants=[("f32", _SLOPE)]
-)
+case("prelu", [IMAGE], ("u8", B, IMAGE[2]), [3], lambda x: table.prelu(x, A, _SLOPE, B, 3), constants=[("f32", _SLOPE)])
 case("table", [IMAGE], ("s8", E, IMAGE[2]), [], lambda x: (_TABLE % 256 - 128)[x.long()],
      constants=[("s8", _TABLE % 256 - 128)])  # fmt: skip
 case("concat", [IMAGE, ("s8", E, [2, 5, 2, 7])], ("u8", A, [2, 5, 8, 7]), [2],
@@ -181,8 +179,6 @@ def layers() -> dict[str, Conv]:
         ),
         "four bits": Conv(image(1, 5, 5, 7), integers(9, 1, 1, 7) // 13, four_bits=True),
         "16 bits": Conv(image(1, 5, 5, 7) * 100, integers(9, 3, 2, 7), x_type="s16", x_grid=wide),
-        "residual": Conv(
-            image(1, 5, 5, 8), integers(8, 1, 1, 8), residual=image(1, 5, 5, 8), residual_first=True
-        ),
+        "residual": Conv(image(1, 5, 5, 8), integers(8, 1, 1, 8), residual=image(1, 5, 5, 8), residual_first=True),
         "table": Conv(image(1, 5, 5, 8), integers(40, 1, 1, 8), table=image(256)),
     }

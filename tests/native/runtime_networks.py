@@ -68,9 +68,7 @@ def chain() -> bytes:
     w.conv("1", {"x": "x", "weight": "w1", "scales": "s16", "bias": "b1"}, "a", ("u8", A), pads=(1, 1))
     w.conv("2", {"x": "a", "weight": "w2", "scales": "s16", "residual": "a"}, "sum", ("u8", B), pads=(1, 1))
     w.conv("3", {"x": "sum", "weight": "w3", "scales": "s24", "bias": "b3", "table": "table"}, "c", ("u8", C))
-    w.conv(
-        "4", {"x": "c", "weight": "w4", "scales": "s24"}, "d", ("u8", C), stride=(2, 2), pads=(1, 1), groups=24
-    )
+    w.conv("4", {"x": "c", "weight": "w4", "scales": "s24"}, "d", ("u8", C), stride=(2, 2), pads=(1, 1), groups=24)
     w.op("max_pool", ["d"], "pooled", [3, 2, 2, 2, 1, 0, 1, 0, 1, 1])
     w.op("mean", ["pooled"], "mean", [1, 2])
     w.op("reshape", ["mean"], "rows")
@@ -89,9 +87,7 @@ def chain_reference(image: Tensor) -> Tensor:
         a, k["w2"], x_grid=A, y_grid=B, w_scale=k["s16"], padding=sides, residual=a, residual_grid=A, sum_grid=SUM
     ).reference()
     c = Conv(total, k["w3"], x_grid=SUM, y_grid=C, w_scale=k["s24"], bias=k["b3"], table=k["table"]).reference()
-    d = Conv(
-        c, k["w4"], x_grid=C, y_grid=C, w_scale=k["s24"], stride=(2, 2), padding=sides, groups=24
-    ).reference()
+    d = Conv(c, k["w4"], x_grid=C, y_grid=C, w_scale=k["s24"], stride=(2, 2), padding=sides, groups=24).reference()
     pooled = pool.max_pool(d.permute(0, 3, 1, 2), (3, 2), 2, (1, 0, 1, 0))
     mean = pool.reduce_mean(pooled, C, E, [2, 3])
     weight = k["w5"][:, 0, 0] - k["z5"][:, None]
