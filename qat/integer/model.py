@@ -258,7 +258,8 @@ class IntegerModel(nn.Module):
 
 
 def _on_cpu(inputs: Mapping[str, Tensor]) -> bool:
-    return all(value.device.type == "cpu" for value in inputs.values())
+    """Whether the inputs are in memory that the runner can read; while torch compiles or exports they are in none."""
+    return not torch.compiler.is_compiling() and all(value.device.type == "cpu" for value in inputs.values())
 
 
 def convert(qmodel: PreparedModel) -> IntegerModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ RunOp = Callable[[Op, dict[str, Tensor], int], tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A segment in the native library."""
+    """A segment in the native library; its plan without the constants."""
 
     plan: SegmentPlan
     network: Network
@@ -119,9 +119,10 @@ class NativeProgram:
         segment = self.segments[number]
         single = batch == 1 and depends_on_batch(self.program, segment.ops)
         if (number, single) not in self._loaded:
-            values = self._constants
-            plan = lower_segment(self.program, segment, values, single=single, fuse=self._fuse)
-            self._loaded[number, single] = Loaded(plan, Network(plan.plan.to_bytes()))
+            plan = lower_segment(self.program, segment, self._constants, single=single, fuse=self._fuse)
+            network = Network(plan.plan.to_bytes())
+            # the library has the constants now
+            self._loaded[number, single] = Loaded(replace(plan, plan=replace(plan.plan, constants=())), network)
         return self._loaded[number, single]
 
     def _run_native(
