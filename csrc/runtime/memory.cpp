@@ -10,7 +10,7 @@ namespace qat {
 namespace {
 
 constexpr int32_t none = -1;
-// What kernels may read behind an operand.
+// What kernels may read behind an operand, of nobody else's, who may be writing there.
 constexpr int64_t slack = 64;
 
 // Arrays that lie in the same memory, as one is another under other sizes.
@@ -107,7 +107,7 @@ class Planner {
   bool outside(const Group& g) const { return g.constant || (!g.overread && (g.input != none || !g.outputs.empty())); }
 
   int32_t add_buffer(int64_t size, int64_t first, int64_t last) {
-    buffers_.push_back({size, first, last, 0});
+    buffers_.push_back({size + slack, first, last, 0});
     return static_cast<int32_t>(buffers_.size()) - 1;
   }
 
@@ -164,7 +164,7 @@ class Planner {
 
   Memory make_memory() {
     Memory memory;
-    memory.bytes = place_buffers(buffers_) + slack;
+    memory.bytes = place_buffers(buffers_);
     for (int32_t root : root_) memory.places.push_back(place(groups_[static_cast<size_t>(root)], root));
     for (int32_t buffer : scratch_buffers_) {
       memory.scratch.push_back(buffer == none ? 0 : buffers_[static_cast<size_t>(buffer)].offset);

@@ -3,8 +3,11 @@
 // Usage: fuzz_plan COUNT SEED FILE...   (FILEs are valid plans)
 // Each input is a file with some of its fields changed (found by reading its records), some bytes flipped, or its end cut;
 // most get the right size and checksum, so that what follows is tested, too. What loads is run, with inputs and
-// outputs in memory of exactly their size.
+// outputs in memory of exactly their size, and must not allocate while it runs.
+#include <sanitizer/allocator_interface.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -139,6 +142,11 @@ class Mutator {
   std::mt19937_64 random_;
 };
 
+std::atomic<uint64_t> allocations{0};
+
+void count_allocation(const volatile void*, size_t) { ++allocations; }
+void ignore_release(const volatile void*) {}
+
 // Several parts, the last one first.
 void run_backwards(void*, int64_t begin, int64_t end, int64_t grain, qat_task task, void* context) {
   while (begin < end) {
@@ -189,7 +197,7 @@ void run(const qat_plan* plan, Mutator& random, Counts& counts) {
   options.isa = random.below(2) == 0 ? "portable" : "";
   options.threads = 1 + static_cast<int32_t>(random.below(3));
   options.flags = QAT_POISON;
-  options.parallel = run_backwards;
+  if (random.below(4) != 0) options.parallel = run_backwards;
   options.memory_limit = 1 << 18;
   Memory inputs, outputs;
   if (!make_memory(plan, true, batch, random, inputs) || !make_memory(plan, false, batch, random, outputs)) return;
@@ -201,7 +209,12 @@ void run(const qat_plan* plan, Mutator& random, Counts& counts) {
   std::vector<void*> to;
   for (const auto& memory : inputs) from.push_back(memory.get());
   for (const auto& memory : outputs) to.push_back(memory.get());
+  const uint64_t before = allocations;
   if (qat_session_run(session, from.data(), to.data()) != QAT_OK) std::abort();
+  if (allocations != before) {
+    std::fprintf(stderr, "a run has allocated memory\n");
+    std::abort();
+  }
   ++counts.ran;
   qat_session_free(session);
 }
@@ -210,6 +223,7 @@ void run(const qat_plan* plan, Mutator& random, Counts& counts) {
 
 int main(int argc, char** argv) {
   if (argc < 4) return std::fprintf(stderr, "usage: fuzz_plan COUNT SEED FILE...\n"), 2;
+  __sanitizer_install_malloc_and_free_hooks(count_allocation, ignore_release);
   const uint64_t count = std::strtoull(argv[1], nullptr, 10), seed = std::strtoull(argv[2], nullptr, 10);
   std::vector<Bytes> plans;
   std::vector<std::vector<Field>> fields;

@@ -16,16 +16,46 @@ from torch import Tensor
 from qat import native
 from qat.integer.kernels.qparams import QParams
 
-KINDS = (
-    "quantize dequantize requantize conv matmul add sub mul div concat max_pool avg_pool mean resize_nearest "
-    "resize_linear pad transpose slice expand roll softmax layer_norm table prelu reshape"
-).split()
+KINDS = [
+    "quantize",
+    "dequantize",
+    "requantize",
+    "conv",
+    "matmul",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "concat",
+    "max_pool",
+    "avg_pool",
+    "mean",
+    "resize_nearest",
+    "resize_linear",
+    "pad",
+    "transpose",
+    "slice",
+    "expand",
+    "roll",
+    "softmax",
+    "layer_norm",
+    "table",
+    "prelu",
+    "reshape",
+]
 TYPES = {"u8": 1, "s8": 2, "u16": 3, "s16": 4, "s32": 5, "f32": 6, "s4": 7}
 DTYPES = {"u8": torch.uint8, "s8": torch.int8, "s16": torch.int16, "s32": torch.int32, "f32": torch.float32}
-STATUSES = (
-    "QAT_OK QAT_INVALID_ARGUMENT QAT_NOT_A_PLAN QAT_UNSUPPORTED_VERSION QAT_TRUNCATED QAT_CORRUPT QAT_INVALID_PLAN "
-    "QAT_OUT_OF_MEMORY QAT_INTERNAL"
-).split()
+STATUSES = [
+    "QAT_OK",
+    "QAT_INVALID_ARGUMENT",
+    "QAT_NOT_A_PLAN",
+    "QAT_UNSUPPORTED_VERSION",
+    "QAT_TRUNCATED",
+    "QAT_CORRUPT",
+    "QAT_INVALID_PLAN",
+    "QAT_OUT_OF_MEMORY",
+    "QAT_INTERNAL",
+]
 
 
 def _string(text: str) -> bytes:
@@ -87,7 +117,7 @@ class PlanWriter:
         transposed: bool = False,
         residual_first: bool = False,
     ) -> None:
-        names = "x weight zero_points scales bias multipliers shifts residual table".split()
+        names = ["x", "weight", "zero_points", "scales", "bias", "multipliers", "shifts", "residual", "table"]
         kind, q = own
         ints = [*stride, *pads, *dilation, groups, transposed, residual_first, TYPES[kind]]
         self.op(

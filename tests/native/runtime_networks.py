@@ -42,7 +42,7 @@ def chain_constants() -> dict[str, Tensor]:
 
 
 def chain() -> bytes:
-    """Images (N, 3, 9, 11) in f32 to ten values: convolutions with residual, table, depthwise, pooling, mean, linear."""
+    """Images (N, 3, 9, 11) to ten values: layers with residual and table, depthwise, pooling, mean, linear."""
     w, k = PlanWriter(), chain_constants()
     w.tensor("image", "f32", [-1, 3, 9, 11])
     w.tensor("x", "u8", [-1, 9, 11, 3], X)

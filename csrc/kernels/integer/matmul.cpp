@@ -176,8 +176,9 @@ void run_matmul(const char* isa, const Threads& threads, const MatmulShape& shap
   Epilogue epilogue;
   epilogue.wide = a.grid.wide || b.grid.wide || y.grid.wide;
   epilogue.y = y.grid;
-  epilogue.multiplier = {product.multiplier};
   ByteEpilogue bytes = byte_epilogue(epilogue, y.type);
+  // as of a list of multipliers, which would have to be allocated
+  bytes.bounded = !(product.multiplier < 0.99f);
   float multiplier[max_units * unit_columns];
   std::fill_n(multiplier, max_units * unit_columns, product.multiplier);
   bytes.multiplier = multiplier;
