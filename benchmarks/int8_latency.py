@@ -43,13 +43,13 @@ def model_of(name: str) -> nn.Module:
     model: nn.Module = getattr(import_torchvision("models"), name)(weights=None)
     model.train()
     with torch.no_grad():
-        model(torch.randn(8, 3, SIZE, SIZE))
+        model(torch.randn(2, 3, SIZE, SIZE))
     return model.eval()
 
 
 def quantized(model: nn.Module, folder: Path) -> tuple[PreparedModel, Path]:
     """The calibrated model and its exported file."""
-    images = torch.randn(4, 3, SIZE, SIZE)
+    images = torch.randn(2, 3, SIZE, SIZE)
     qmodel = qat.prepare(model, images, target=qat.load_target("onnxruntime-cpu"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
