@@ -13,8 +13,11 @@ from qat.graph.prepared import PreparedModel
 from qat.integer import floats
 from qat.integer.kernels.requantize import dequantize, quantize
 from qat.integer.lower import lower
+from qat.integer.native.execution import NativeProgram
+from qat.integer.native.profiling import Placement, Profile
 from qat.integer.operators import CODE_OPERATORS, Operand, qparams
 from qat.integer.program import Op, Program
+from qat.native import runner
 
 
 class IntegerModel(nn.Module):
@@ -46,6 +49,8 @@ class IntegerModel(nn.Module):
         self._last_use = last_use
         #: constants with what operators have prepared of them; made when first read
         self._operands: dict[str, Operand] = {}
+        #: the program on the native runner, made when first run
+        self._native: NativeProgram | None = None
         self.eval()
 
     def train(self, mode: bool = True) -> IntegerModel:  # noqa: ARG002 - the signature of nn.Module
@@ -54,17 +59,39 @@ class IntegerModel(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerModel:
-        self._operands.clear()
+        self._forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load codes of the same program."""
-        self._operands.clear()
+        self._forget()
         return super().load_state_dict(state_dict, strict, assign)
 
+    def _forget(self) -> None:
+        """Drop what was prepared of constants."""
+        self._operands.clear()
+        self._native = None
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_operands": {}}
+        return {**self.__dict__, "_operands": {}, "_native": None}
+
+    @property
+    def native(self) -> Placement:
+        """Which operators run in the native runner where the inputs are on the CPU, and why the others do not.
+
+        Codes that are changed in place are not seen after the first run; load them by `load_state_dict`.
+        """
+        return self._on_native().placement
+
+    def _on_native(self) -> NativeProgram:
+        if self._native is None:
+            known = runner.status()
+            values = {name: self.constants.get_buffer(key) for name, key in self._keys.items()}
+            elsewhere = next((str(v.device) for v in values.values() if v.device.type != "cpu"), "")
+            reason = f"the model is on {elsewhere}" if elsewhere else known.reason
+            self._native = NativeProgram(self.program, values, active=known.active and not elsewhere, reason=reason)
+        return self._native
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
         """Run the network.
@@ -76,12 +103,14 @@ class IntegerModel(nn.Module):
         Raises:
             DataError: A missing or superfluous input, or one of another shape or dtype; it is named.
         """
-        results = self._execute(self._inputs(args, kwargs), frozenset(self.program.outputs))
+        results = self._execute(self._inputs(args, kwargs))
         return self.program.pack_outputs([results[name] for name in self.program.outputs])
 
     @torch.no_grad()
     def run(self, inputs: tuple[Tensor, ...], collect: Collection[str] = ()) -> dict[str, Tensor]:
-        """Run the network and return named tensors of the program: codes (int32) where they are quantized, else floats.
+        """Run the network in PyTorch and return named tensors: codes (int32) where they are quantized, else floats.
+
+        This is the reference that the native runner, which `forward` uses where it can, equals in every bit.
 
         Args:
             inputs: The model's tensor inputs in order.
@@ -92,6 +121,28 @@ class IntegerModel(nn.Module):
         if unknown:
             raise StateError(f"the program has no tensor {unknown[0]!r}", "see program.tensors")
         return self._execute(self._inputs(inputs, {}), wanted)
+
+    @torch.no_grad()
+    def profile(self, *args: Tensor, rounds: int = 10, **kwargs: Tensor) -> Profile:
+        """Measure the time of every operator, as `forward` runs them; prints as a table.
+
+        Args:
+            *args: The model's tensor inputs, on the CPU.
+            rounds: Number of runs, after one that is not counted; the shortest time of each operator is kept.
+            **kwargs: Inputs by name.
+
+        Raises:
+            DataError: Inputs as `forward` refuses them, an empty batch, or inputs that are not on the CPU.
+        """
+        inputs = self._inputs(args, kwargs)
+        batch = self._batch(inputs)
+        if rounds < 1 or batch < 1 or not _on_cpu(inputs):
+            raise DataError("there is nothing to measure", "give at least one round, one sample, and inputs on the CPU")
+        program = self._on_native()
+        with torch.autocast("cpu", enabled=False):
+            program.run(inputs, batch, self._run_op)
+            times = program.times(inputs, batch, self._run_op, rounds)
+        return Profile(tuple(times), batch, torch.get_num_threads())
 
     # -- running
 
@@ -142,13 +193,16 @@ class IntegerModel(nn.Module):
         return batch
 
     @torch.no_grad()
-    def _execute(self, inputs: dict[str, Tensor], wanted: frozenset[str]) -> dict[str, Tensor]:
+    def _execute(self, inputs: dict[str, Tensor], wanted: frozenset[str] | None = None) -> dict[str, Tensor]:
+        """Run everything: where it is fastest if no tensors are named, else in PyTorch."""
         values: dict[str, Tensor] = dict(inputs)
         batch = self._batch(inputs)
         device = next((value.device.type for value in inputs.values()), "cpu")
         # autocast would round the operands of exact sums to bfloat16
         with torch.autocast(device, enabled=False):
-            return self._collect(values, wanted, batch)
+            if wanted is None and batch > 0 and _on_cpu(inputs) and self.native.active:
+                return self._on_native().run(inputs, batch, self._run_op)
+            return self._collect(values, frozenset(self.program.outputs) if wanted is None else wanted, batch)
 
     def _collect(self, values: dict[str, Tensor], wanted: frozenset[str], batch: int) -> dict[str, Tensor]:
         collected = {name: value for name, value in values.items() if name in wanted}
@@ -201,6 +255,11 @@ class IntegerModel(nn.Module):
         if run is None:
             raise ExportError(f"{op.name}: no float operator {op.kind!r}", "leave the module out of tracing")
         return run(op.attrs, [None if i is None else i.value for i in inputs])
+
+
+def _on_cpu(inputs: Mapping[str, Tensor]) -> bool:
+    """Whether the inputs are in memory that the runner can read; while torch compiles or exports they are in none."""
+    return not torch.compiler.is_compiling() and all(value.device.type == "cpu" for value in inputs.values())
 
 
 def convert(qmodel: PreparedModel) -> IntegerModel:

@@ -17,6 +17,7 @@ import qat
 from qat.errors import DataError, StateError
 from qat.integer.kernels import accumulate
 from qat.integer.model import IntegerModel
+from qat.native import Status, runner
 
 
 class Network(nn.Module):
@@ -174,6 +175,29 @@ def test_there_is_no_training(imodel: IntegerModel) -> None:
     assert not any(value.requires_grad for value in flat(imodel(*x)))
 
 
+# without the native runner ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "status", lambda: Status(False, "the extension was not built"))
+
+
+def test_pytorch_runs_what_the_library_cannot(imodel: IntegerModel, no_runner: None) -> None:
+    x = inputs()
+    found, expected = imodel(*x), imodel.run(x)
+    assert same([found["scores"], found["gram"]], [expected[name] for name in imodel.program.outputs])
+    count = len(imodel.program.ops)
+    assert str(imodel.native) == f"PyTorch runs all {count} operators: the extension was not built"
+
+
+def test_operators_in_pytorch_have_a_profile_too(imodel: IntegerModel, no_runner: None) -> None:
+    profile = imodel.profile(*inputs(), rounds=1)
+    assert [entry.name for entry in profile.entries] == [op.name for op in imodel.program.ops]
+    assert {entry.where for entry in profile.entries} == {"pytorch"}
+    assert sum(entry.macs for entry in profile.entries) == 4 * sum(op.macs for op in imodel.program.ops)
+
+
 # exactness ----------------------------------------------------------------------------------------------------------
 
 
@@ -239,7 +263,7 @@ def test_accumulators_are_integers(imodel: IntegerModel, monkeypatch: pytest.Mon
         return result
 
     monkeypatch.setattr(accumulate, "_as_integer", spy)
-    imodel(*inputs())
+    imodel.run(inputs())
     products = [op for op in imodel.program.ops if op.kind in ("conv", "conv_transpose", "linear", "matmul")]
     assert len(products) == 5
     assert len(seen) >= len(products)
@@ -270,14 +294,14 @@ def test_a_long_sum_is_exact() -> None:
 
 def test_weights_are_prepared_once(imodel: IntegerModel, monkeypatch: pytest.MonkeyPatch) -> None:
     x = inputs()
-    before = imodel(*x)
+    before = imodel.run(x)
 
     def never(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a weight was prepared again")
 
     monkeypatch.setattr("qat.integer.operators.plan_conv", never)
     monkeypatch.setattr("qat.integer.operators.plan_linear", never)
-    assert same(imodel(*x), before)
+    assert same(imodel.run(x), before)
     imodel.to(torch.device("cpu"))
     with pytest.raises(AssertionError, match="prepared again"):
-        imodel(*x)
+        imodel.run(x)

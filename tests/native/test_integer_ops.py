@@ -388,7 +388,7 @@ def test_resize_linear(run: Any, sizes: Any, out: Any, channels: int, x: Any, y:
     expected = resize.resize_bilinear(codes, x[1], y[1], out, corners)
     arrays: list[Tensor | None] = []
     for size, length in zip(out, sizes, strict=True):
-        low, high, to_low, _ = resize._taps(size, None, length, corners)
+        low, high, to_low, _ = resize.linear_taps(size, None, length, corners)
         arrays += [low.to(torch.int32), high.to(torch.int32), to_low]
     check(run, "resize_linear", [operand(last_first(codes), x)], y, last_first(expected), arrays=arrays)
 

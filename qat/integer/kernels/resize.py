@@ -48,16 +48,36 @@ def resize_nearest(codes: Tensor, sizes: Sequence[int], scales: Scales = None) -
     """
     y = codes.to(torch.int32)
     for d, (size, length, scale) in enumerate(_checked(sizes, codes.shape[2:], scales)):
-        step = _ratio(length, size) if scale is None else torch.tensor(1.0 / scale, dtype=torch.float32)
-        # PyTorch then takes the exact step, whatever the scale, though not for a single dimension
-        if codes.dim() > 3 and size in (length, 2 * length):
-            step = torch.tensor(length / size)
-        source = torch.floor(torch.arange(size, dtype=torch.float32) * step).to(torch.int64)
-        y = y.index_select(2 + d, source.clamp(max=length - 1).to(codes.device))
+        source = nearest_source(size, length, scale, single=codes.dim() == 3)
+        y = y.index_select(2 + d, source.to(codes.device))
     return y
 
 
-def _taps(size: int, scale: float | None, length: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def nearest_source(size: int, length: int, scale: float | None, single: bool) -> Tensor:
+    """Source index of every output index of `resize_nearest` along one dimension, int64.
+
+    Args:
+        size: Output size.
+        length: Input size.
+        scale: Given scale, or None.
+        single: There is only this spatial dimension.
+    """
+    step = _ratio(length, size) if scale is None else torch.tensor(1.0 / scale, dtype=torch.float32)
+    # PyTorch then takes the exact step, whatever the scale, though not for a single dimension
+    if not single and size in (length, 2 * length):
+        step = torch.tensor(length / size)
+    source = torch.floor(torch.arange(size, dtype=torch.float32) * step).to(torch.int64)
+    return source.clamp(max=length - 1)
+
+
+def linear_taps(
+    size: int, scale: float | None, length: int, align_corners: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Neighbours of every output index of `resize_bilinear` along one dimension, and the distances to them.
+
+    Returns:
+        Low and high neighbour (int64), distance to the low one and to the high one (float32, 0.5 where both are one).
+    """
     position = torch.arange(size, dtype=torch.float32)
     corners = position * (length - 1) / max(size - 1, 1)
     factor = _ratio(size, length) if scale is None else torch.tensor(scale, dtype=torch.float32)
@@ -98,8 +118,8 @@ def resize_bilinear(
         raise PlanError(f"bilinear interpolation of {codes.dim()} dimensions", "it is defined for (N, C, H, W)")
     real = dequantize(codes, x)
     (height, in_height, scale_h), (width, in_width, scale_w) = _checked(sizes, codes.shape[2:], scales)
-    rows = _taps(height, scale_h, in_height, align_corners)
-    columns = _taps(width, scale_w, in_width, align_corners)
+    rows = linear_taps(height, scale_h, in_height, align_corners)
+    columns = linear_taps(width, scale_w, in_width, align_corners)
     top, bottom, dy1, dy2 = (t.to(codes.device) for t in rows)
     left, right, dx1, dx2 = (t.to(codes.device) for t in columns)
     above, below = real.index_select(2, top), real.index_select(2, bottom)
