@@ -11,32 +11,40 @@ namespace {
 
 struct Vector {
   static constexpr int width = 8;
+  static constexpr int group = 4;
   template <int Units>
   static constexpr int rows = 4;
 
   using Int = __m256i;
   using Float = __m256;
   using Flip = __m256i;
-  using Right = __m256i;
+
+  static __m256i bytes_at(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 
 #ifdef __AVXVNNI__
   using Left = __m256i;
+  using Right = __m256i;
   static Left prepared(__m256i a) { return a; }
+  static Right right(const int8_t* from) { return bytes_at(from); }
   static Int dot(Int acc, Left a, Right b) { return _mm256_dpbusd_avx_epi32(acc, a, b); }
 #else
-  // vpmaddubsw adds two products in 16 bits, and saturates; with every other activation zero there is one product.
-  struct Left {
+  // Bytes 0 and 2 of each lane as words, and bytes 1 and 3. vpmaddubsw would take the bytes, but its sums of two products
+  // saturate at 16 bits; vpmaddwd's have 32.
+  struct Words {
     __m256i even, odd;
   };
+  using Left = Words;
+  using Right = Words;
   static Left prepared(__m256i a) {
-    const __m256i mask = _mm256_set1_epi16(0xff);
-    return {_mm256_and_si256(a, mask), _mm256_andnot_si256(mask, a)};
+    return {_mm256_and_si256(a, _mm256_set1_epi16(0xff)), _mm256_srli_epi16(a, 8)};
+  }
+  static Right right(const int8_t* from) {
+    const __m256i b = bytes_at(from);
+    return {_mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), _mm256_srai_epi16(b, 8)};
   }
   static Int dot(Int acc, Left a, Right b) {
-    const __m256i ones = _mm256_set1_epi16(1);
-    const __m256i even = _mm256_madd_epi16(_mm256_maddubs_epi16(a.even, b), ones);
-    const __m256i odd = _mm256_madd_epi16(_mm256_maddubs_epi16(a.odd, b), ones);
-    return _mm256_add_epi32(acc, _mm256_add_epi32(even, odd));
+    const __m256i even = _mm256_madd_epi16(a.even, b.even);
+    return _mm256_add_epi32(_mm256_add_epi32(acc, even), _mm256_madd_epi16(a.odd, b.odd));
   }
 #endif
 
@@ -73,10 +81,6 @@ struct Vector {
     __builtin_memcpy(&word, four, 4);
     return prepared(_mm256_xor_si256(_mm256_set1_epi32(word), flip));
   }
-  static Right right(const int8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-
-  static __m256i bytes_at(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-
   template <int Rows>
   static void interleave(const uint8_t* const* from, int64_t offset, Flip flip, Left to[4]) {
     const __m256i a = _mm256_xor_si256(bytes_at(from[0] + offset), flip);
@@ -132,8 +136,6 @@ struct Vector {
   }
 };
 
-void gemm(const GemmBlock& block, int32_t) { gemm_units<Vector, 1>(block); }
-
 void depthwise(const DepthwiseBlock& block) { depthwise_rows<Vector>(block); }
 
 void depthwise_line(const DepthwiseLine& line) { depthwise_lines<Vector>(line); }
@@ -143,32 +145,6 @@ void lookup(const uint8_t* table, uint8_t* y, int64_t rows, int64_t columns, int
     for (int64_t c = 0; c < columns; ++c) y[r * stride + c] = table[y[r * stride + c]];
   }
 }
-
-int64_t peak(int64_t steps) {
-  constexpr int chains = 12;
-  __m256i acc[chains];
-  const __m256i b = _mm256_set1_epi8(1);
-  const Vector::Left a = Vector::prepared(b);
-#pragma GCC unroll 16
-  for (int i = 0; i < chains; ++i) acc[i] = _mm256_setzero_si256();
-  for (int64_t s = 0; s < steps; ++s) {
-#pragma GCC unroll 16
-    for (int i = 0; i < chains; ++i) {
-      acc[i] = Vector::dot(acc[i], a, b);
-      __asm__ volatile("" : "+x"(acc[i]));
-    }
-  }
-  return steps * chains * 32;
-}
-
-const Int8Kernels table{
-#ifdef __AVXVNNI__
-    "avxvnni",
-#else
-    "avx2",
-#endif
-    false, 1, {Vector::rows<1>, 0, 0, 0}, 4 * Vector::width, gemm, depthwise, depthwise_line, lookup, peak,
-};
 
 }  // namespace
 }  // namespace qat

@@ -30,6 +30,10 @@ struct Phase {
   int64_t rows;                  // of one image
 };
 
+// When the activation becomes words for the kernels that multiply those: before the run, where several taps read a row, or
+// by the block of rows.
+enum class Words { never, ahead, by_block };
+
 struct Block {
   int32_t phase;
   int64_t first, rows;
@@ -61,12 +65,16 @@ class ConvLayer {
   int64_t row_bytes;     // of a pixel row of the activation, of its copy for folded
   int64_t image_bytes;
   int64_t folded_bytes;  // of the copy
+  Words words;
+  int64_t word_bytes;    // of the copy of the activation, or of one row of a block, as words
+
+  int64_t row_word_bytes() const { return words == Words::by_block ? word_bytes : 0; }
 
   // Pointers, where rows go, and accumulators, for one part of the work.
   int64_t slot_bytes() const {
     const int64_t columns = weights->method == Method::depthwise ? weights->padded : max_units * unit_columns;
     const int64_t raw = bytes ? 0 : raw_rows * columns * 4;
-    return block_pointers * 8 + (block_rows * 4 + 63) / 64 * 64 + raw;
+    return block_pointers * 8 + (block_rows * 4 + 63) / 64 * 64 + raw + block_rows * row_word_bytes();
   }
 };
 
@@ -146,6 +154,18 @@ void add_phase(ConvLayer& l, int32_t phase_h, int32_t phase_w) {
   l.phases.push_back(std::move(phase));
 }
 
+// What stands outside the image, as the kernels read it from there.
+void fill_zero_row(ConvLayer& l) {
+  const auto count = static_cast<size_t>(std::max(l.weights->inputs, l.weights->depth) + 128);
+  const auto zero = static_cast<uint8_t>(l.x_grid.zero_point);
+  l.zero_row.assign(count, zero);
+  if (l.words != Words::ahead) return;
+  l.zero_row.resize(count * 2 + 32);
+  const std::vector<uint8_t> bytes(count + 16, zero);
+  l.weights->kernels->widen(bytes.data(), l.left_flip, static_cast<int64_t>(count),
+                            reinterpret_cast<int16_t*>(l.zero_row.data()));
+}
+
 void fill_multipliers(ConvLayer& l) {
   const PackedWeights& w = *l.weights;
   l.byte_epilogue = byte_epilogue(l.epilogue, l.y);
@@ -165,6 +185,9 @@ void fill_multipliers(ConvLayer& l) {
   }
 }
 
+// Of a code of the activation as the kernels read it.
+int64_t left_bytes(const ConvLayer& l) { return l.words == Words::never ? 1 : 2; }
+
 // Input columns of a line of a kernel of three columns.
 int32_t line_columns(const ConvShape& s) { return (s.out_w - 1) * s.stride_w + 3; }
 
@@ -181,7 +204,7 @@ void split_blocks(ConvLayer& l) {
     const int64_t rows = l.phases[p].rows * l.shape.batch;
     const int64_t pointers = std::max<int64_t>(static_cast<int64_t>(l.phases[p].taps.size()), 1);
     const int64_t strides = l.shape.transposed ? 1 : int64_t{l.shape.stride_h} * l.shape.stride_w;
-    const int64_t bytes = std::max<int64_t>(std::min<int64_t>(pointers, strides) * w.depth, 1);
+    const int64_t bytes = std::max<int64_t>(std::min<int64_t>(pointers, strides) * w.depth * left_bytes(l), 1);
     const int64_t most = std::max<int64_t>(std::min(max_pointers / pointers, max_left_bytes / bytes), 24);
     const int64_t count = (rows + most - 1) / most;
     const int64_t each = ((rows + count - 1) / count + 23) / 24 * 24;
@@ -198,7 +221,8 @@ void split_blocks(ConvLayer& l) {
 struct Run {
   const ConvLayer& layer;
   const Threads& threads;
-  const uint8_t* x;
+  const uint8_t* x;  // or its copy
+  int64_t x_bytes;   // of one of its codes
   uint8_t* y;
   const uint8_t* residual;
   int8_t* slots;
@@ -219,16 +243,27 @@ void fill_pointers(const Run& run, const Block& block, const uint8_t** to) {
   const int64_t tap_step = depthwise ? 1 : block.rows;
   const uint8_t* zero = l.zero_row.data();
   int64_t pixel = block.first % phase.rows;
-  const uint8_t* image = run.x + block.first / phase.rows * l.image_bytes;
+  const int64_t image_bytes = l.image_bytes * run.x_bytes;
+  const uint8_t* image = run.x + block.first / phase.rows * image_bytes;
   for (int64_t r = 0; r < block.rows; ++r) {
     const int32_t* offsets = phase.offsets.data() + pixel * taps;
     for (int64_t t = 0; t < taps; ++t) {
-      to[r * row_step + t * tap_step] = offsets[t] < 0 ? zero : image + offsets[t];
+      to[r * row_step + t * tap_step] = offsets[t] < 0 ? zero : image + offsets[t] * run.x_bytes;
     }
     if (++pixel == phase.rows) {
       pixel = 0;
-      image += l.image_bytes;
+      image += image_bytes;
     }
+  }
+}
+
+// Copies rows [begin, end) of a block of one tap as words, and points there.
+void widen_rows(const Run& run, int64_t begin, int64_t end, const uint8_t** pointers, int8_t* to) {
+  const ConvLayer& l = run.layer;
+  for (int64_t r = begin; r < end; ++r) {
+    auto* words = reinterpret_cast<int16_t*>(to + r * l.word_bytes);
+    l.weights->kernels->widen(pointers[r], l.left_flip, l.weights->inputs, words);
+    pointers[r] = reinterpret_cast<const uint8_t*>(words);
   }
 }
 
@@ -251,13 +286,13 @@ void run_panel(const Run& run, const Block& block, const Panel& panel, int64_t b
   epilogue.multiplier = l.multiplier.data() + panel.padded;
   GemmBlock g{};
   g.left_stride = block.rows;
-  g.left_offset = int64_t{panel.group} * w.depth;
-  g.left_flip = l.left_flip;
+  g.left_offset = int64_t{panel.group} * w.depth * left_bytes(l);
+  g.left_flip = l.words == Words::never ? l.left_flip : 0;
   g.taps = static_cast<int32_t>(phase.taps.size());
-  g.depth = w.quads;
+  g.depth = w.steps;
   g.right = w.data.data() + panel.offset;
   g.right_taps = phase.taps.data();
-  g.right_tap_bytes = panel_bytes(panel, 1, w.quads);
+  g.right_tap_bytes = panel_bytes(panel, 1, w.steps, w.kernels->group());
   g.bias = phase.bias.data() + panel.padded;
   g.columns = panel.columns;
   g.epilogue = &epilogue;
@@ -392,9 +427,22 @@ void run_part(const Run& run, int64_t part) {
       });
       continue;
     }
-    for (const Panel& panel : w.panels) {
+    const auto panel_rows = [&](const Panel& panel, auto&& call) {
       const int64_t start = block.start + panel.padded / unit_columns * block.rows;
-      rows_between(start, panel.units, w.kernels->rows[panel.units - 1], [&](int64_t from, int64_t to) {
+      rows_between(start, panel.units, w.kernels->rows[panel.units - 1], call);
+    };
+    if (l.words == Words::by_block) {
+      int64_t first = block.rows, last = 0;
+      for (const Panel& panel : w.panels) {
+        panel_rows(panel, [&](int64_t from, int64_t to) {
+          first = std::min(first, from);
+          last = std::max(last, to);
+        });
+      }
+      widen_rows(run, first, last, pointers, slot + l.slot_bytes() - l.block_rows * l.word_bytes);
+    }
+    for (const Panel& panel : w.panels) {
+      panel_rows(panel, [&](int64_t from, int64_t to) {
         run_panel(run, block, panel, from, to, pointers, scattered ? rows : nullptr, raw);
       });
     }
@@ -455,8 +503,6 @@ std::shared_ptr<const ConvLayer> prepare_conv(std::shared_ptr<const PackedWeight
     l.epilogue.table = l.table;
   }
   const bool folded = w.method == Method::folded;
-  l.zero_row.assign(static_cast<size_t>(std::max(w.inputs, w.depth) + 128),
-                    static_cast<uint8_t>(x_grid.zero_point));
   l.pointwise = w.method == Method::gemm && w.taps == 1 && !shape.transposed && shape.stride_h == 1 &&
                 shape.stride_w == 1 && shape.pad_top == 0 && shape.pad_left == 0 && shape.in_h == shape.out_h &&
                 shape.in_w == shape.out_w;
@@ -470,6 +516,11 @@ std::shared_ptr<const ConvLayer> prepare_conv(std::shared_ptr<const PackedWeight
   }
   l.image_bytes = l.row_bytes * shape.in_h;
   l.folded_bytes = folded ? (shape.batch * l.image_bytes + 127) / 64 * 64 : 0;
+  const bool reads_words = w.kernels->widen != nullptr && w.method != Method::depthwise;
+  l.words = !reads_words ? Words::never : w.taps > 1 ? Words::ahead : Words::by_block;
+  const int64_t word_count = l.words == Words::ahead ? shape.batch * l.image_bytes : int64_t{w.inputs};
+  l.word_bytes = reads_words ? (word_count * 2 + 127) / 64 * 64 : 0;
+  fill_zero_row(l);
   for (int32_t h = 0; h < (shape.transposed ? shape.stride_h : 1); ++h) {
     for (int32_t v = 0; v < (shape.transposed ? shape.stride_w : 1); ++v) add_phase(l, h, v);
   }
@@ -479,7 +530,8 @@ std::shared_ptr<const ConvLayer> prepare_conv(std::shared_ptr<const PackedWeight
 
 int64_t conv_scratch(const ConvLayer& layer, int32_t threads) {
   if (layer.weights->method == Method::wide) return 0;
-  return layer.folded_bytes + layer.slot_bytes() * threads;
+  const int64_t words = layer.words == Words::ahead ? layer.word_bytes : 0;
+  return layer.folded_bytes + words + layer.slot_bytes() * threads;
 }
 
 void run_conv(const ConvLayer& layer, const Threads& threads, const void* x, void* y, const void* residual,
@@ -500,13 +552,26 @@ void run_conv(const ConvLayer& layer, const Threads& threads, const void* x, voi
       fold_rows(layer, left, bytes, rows * part / parts, rows * (part + 1) / parts);
     });
     left = bytes;
+    bytes += layer.folded_bytes;
+  }
+  if (layer.words == Words::ahead) {
+    // in whole vectors, so that no part writes into another's
+    const int64_t vectors = (s.batch * layer.image_bytes + 15) / 16;
+    auto* words = reinterpret_cast<int16_t*>(bytes);
+    run_parts(threads, parts, [&](int64_t part) {
+      const int64_t begin = vectors * part / parts * 16, end = vectors * (part + 1) / parts * 16;
+      layer.weights->kernels->widen(left + begin, layer.left_flip, end - begin, words + begin);
+    });
+    left = bytes;
+    bytes += layer.word_bytes;
   }
   const Run run{layer,
                 threads,
                 left,
+                layer.words == Words::ahead ? 2 : 1,
                 static_cast<uint8_t*>(y),
                 static_cast<const uint8_t*>(residual),
-                reinterpret_cast<int8_t*>(bytes + layer.folded_bytes),
+                reinterpret_cast<int8_t*>(bytes),
                 parts};
   run_parts(threads, parts, [&](int64_t part) { run_part(run, part); });
 }

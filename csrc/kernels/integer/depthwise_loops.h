@@ -60,6 +60,13 @@ void depthwise_line(const DepthwiseLine& d) {
     const int8_t* right = d.right + int64_t{c} * 12;
     const float* multiplier = d.epilogue->multiplier + c;
     const int32_t left_over = d.channels - c < block ? d.channels - c : block;
+    // loaded once, as some instruction sets have to unpack them
+    typename V::Right weights[3][4];
+#pragma GCC unroll 3
+    for (int k = 0; k < 3; ++k) {
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) weights[k][q] = V::right(right + k * 4 * block + q * V::width * 4);
+    }
     typename V::Left column[3][4];
 #pragma GCC unroll 3
     for (int k = 0; k < 3 - Stride; ++k) V::template interleave<3>(d.left + 3 * k, c, flip, column[k]);
@@ -74,7 +81,7 @@ void depthwise_line(const DepthwiseLine& d) {
         acc[q] = V::load(d.bias + c + q * V::width);
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) {
-          acc[q] = V::dot(acc[q], column[k][q], V::right(right + k * 4 * block + q * V::width * 4));
+          acc[q] = V::dot(acc[q], column[k][q], weights[k][q]);
         }
         const typename V::Float factor = V::load(multiplier + q * V::width);
         acc[q] = bounded ? epilogue.bounded(acc[q], factor) : epilogue.plain(acc[q], factor);

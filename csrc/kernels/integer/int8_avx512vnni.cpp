@@ -12,6 +12,7 @@ namespace {
 
 struct Vector {
   static constexpr int width = 16;
+  static constexpr int group = 4;
   // as many as 32 registers hold next to the weights and one activation
   template <int Units>
   static constexpr int rows = Units == 4 ? 6 : Units == 3 ? 8 : Units == 2 ? 10 : 12;
@@ -174,6 +175,7 @@ const Int8Kernels table{
     depthwise_line,
     lookup,
     peak,
+    nullptr,
 };
 
 }  // namespace

@@ -10,6 +10,7 @@ namespace {
 
 struct Vector {
   static constexpr int width = 4;
+  static constexpr int group = 4;
   template <int Units>
   static constexpr int rows = 2;
 
@@ -151,7 +152,8 @@ int64_t peak(int64_t steps) {
 }
 
 const Int8Kernels table{
-    "portable", false, 1, {Vector::rows<1>, 0, 0, 0}, 4 * Vector::width, gemm, depthwise, depthwise_line, lookup, peak,
+    "portable",     false,  1,    {Vector::rows<1>, 0, 0, 0}, 4 * Vector::width, gemm, depthwise,
+    depthwise_line, lookup, peak, nullptr,
 };
 
 }  // namespace

@@ -11,6 +11,8 @@ namespace qat {
 namespace {
 
 constexpr int32_t raw_rows = 48;
+// Rows of the left activation that are made words at a time, where the kernels multiply those.
+constexpr int64_t wide_rows = 240;
 
 int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -18,23 +20,27 @@ int64_t round_up(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 struct Plan {
   const Int8Kernels* kernels;
   int32_t units;
-  int64_t panels, quads;
+  int64_t panels, steps;
   int64_t panel_bytes, columns_bytes, rows_bytes, pointers_bytes, raw_bytes;
+  int64_t wide_row_bytes, wide_bytes;  // of an activation's copy as words, or 0
 
   Plan(const char* isa, const MatmulShape& s) : kernels(find_int8_kernels(isa)) {
     const int64_t all_units = (s.n + unit_columns - 1) / unit_columns;
     panels = (all_units + kernels->units - 1) / kernels->units;
     units = static_cast<int32_t>((all_units + panels - 1) / std::max<int64_t>(panels, 1));
-    quads = (s.k + 3) / 4;
-    panel_bytes = quads * units * unit_columns * 4;
+    const int32_t group = kernels->group();
+    steps = (s.k + group - 1) / group;
+    panel_bytes = steps * units * unit_columns * group;
     columns_bytes = round_up(panels * units * unit_columns * 4);
     rows_bytes = round_up(s.m * 4);
     pointers_bytes = round_up(s.m * 8);
     raw_bytes = raw_rows * units * unit_columns * 4;
+    wide_row_bytes = kernels->widen == nullptr ? 0 : round_up((s.k + 16) * 2);
+    wide_bytes = wide_row_bytes * std::min(s.m, wide_rows);
   }
   // of one product: b packed, a bias a column, a bias a row
   int64_t product_bytes() const { return panels * panel_bytes + columns_bytes + rows_bytes; }
-  int64_t slot_bytes() const { return pointers_bytes + raw_bytes; }
+  int64_t slot_bytes() const { return pointers_bytes + raw_bytes + wide_bytes; }
 };
 
 bool has_bytes(const View& v) { return v.type == Type::u8 || v.type == Type::s8; }
@@ -47,7 +53,7 @@ void pack_right(const Plan& plan, const MatmulShape& s, const View& a, const Vie
   const int32_t za = a.grid.zero_point - shift_a;
   const uint8_t flip_b = b.type == Type::u8 ? 0x80 : 0;
   const int32_t zb = b.grid.zero_point - (flip_b != 0 ? 128 : 0);
-  const int32_t width = plan.units * unit_columns;
+  const int32_t width = plan.units * unit_columns, group = plan.kernels->group();
   const auto* right = static_cast<const uint8_t*>(b.data) + s.b_index[index] * s.k * s.n;
   auto* columns = reinterpret_cast<int32_t*>(to + plan.panels * plan.panel_bytes);
   std::memset(to, 0, static_cast<size_t>(plan.panels * plan.panel_bytes + plan.columns_bytes));
@@ -60,7 +66,7 @@ void pack_right(const Plan& plan, const MatmulShape& s, const View& a, const Vie
       const int64_t step = s.b_transposed ? 1 : s.n;
       for (int64_t k = 0; k < s.k; ++k) {
         const auto code = static_cast<int8_t>(from[k * step] ^ flip_b);
-        panel[(k / 4 * width + c) * 4 + k % 4] = code;
+        panel[(k / group * width + c) * group + k % group] = code;
         sum += code;
       }
       columns[first + c] = static_cast<int32_t>(s.k) * za * zb - za * sum;
@@ -103,15 +109,22 @@ void multiply(const Product& p, int64_t index, int64_t begin, int64_t end, const
   const auto* left = static_cast<const uint8_t*>(p.a.data) + s.a_index[index] * s.m * s.k;
   auto** pointers = reinterpret_cast<const uint8_t**>(slot);
   auto* raw = reinterpret_cast<int32_t*>(slot + plan.pointers_bytes);
-  for (int64_t r = begin; r < end; ++r) pointers[r] = left + r * s.k;
+  const uint8_t left_flip = (p.a.type == Type::s8) == plan.kernels->signed_left ? 0 : 0x80;
+  for (int64_t r = begin; r < end; ++r) {
+    pointers[r] = left + r * s.k;
+    if (plan.kernels->widen == nullptr) continue;
+    int8_t* words = slot + plan.pointers_bytes + plan.raw_bytes + (r - begin) * plan.wide_row_bytes;
+    plan.kernels->widen(pointers[r], left_flip, s.k, reinterpret_cast<int16_t*>(words));
+    pointers[r] = reinterpret_cast<const uint8_t*>(words);
+  }
   const auto* columns = reinterpret_cast<const int32_t*>(packed + plan.panels * plan.panel_bytes);
   const auto* rows = reinterpret_cast<const int32_t*>(packed + plan.panels * plan.panel_bytes + plan.columns_bytes);
   const bool has_row_bias = p.b.grid.zero_point != (p.b.type == Type::u8 ? 128 : 0);
   const int32_t tap = 0;
   GemmBlock g{};
-  g.left_flip = (p.a.type == Type::s8) == plan.kernels->signed_left ? 0 : 0x80;
+  g.left_flip = plan.kernels->widen == nullptr ? left_flip : 0;
   g.taps = 1;
-  g.depth = static_cast<int32_t>(plan.quads);
+  g.depth = static_cast<int32_t>(plan.steps);
   g.right_taps = &tap;
   g.epilogue = p.bytes;
   g.y_stride = s.n;
@@ -194,7 +207,8 @@ void run_matmul(const char* isa, const Threads& threads, const MatmulShape& shap
     const int64_t begin = rows * part / parts, end = rows * (part + 1) / parts;
     for (int64_t r = begin; r < end;) {
       const int64_t index = r / shape.m, first = r % shape.m;
-      const int64_t last = std::min(shape.m, first + end - r);
+      int64_t last = std::min(shape.m, first + end - r);
+      if (plan.wide_bytes != 0) last = std::min(last, first + wide_rows);
       multiply(product, index, first, last, packed + index * plan.product_bytes(), slots + part * plan.slot_bytes());
       r += last - first;
     }

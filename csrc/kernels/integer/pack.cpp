@@ -31,18 +31,19 @@ Method choose(const Weights& w, const std::vector<int16_t>& values, Type x, bool
 }
 
 void pack_panels(PackedWeights& p, const std::vector<int16_t>& values) {
-  split_panels(p.groups, p.outputs / p.groups, p.kernels->units, p.taps, p.quads, p.panels);
+  const int32_t group = p.kernels->group();
+  split_panels(p.groups, p.outputs / p.groups, p.kernels->units, p.taps, p.steps, group, p.panels);
   p.padded = static_cast<int32_t>(padded_columns(p.panels));
   const Panel& last = p.panels.back();
-  p.data = AlignedBytes(static_cast<size_t>(last.offset + panel_bytes(last, p.taps, p.quads)));
+  p.data = AlignedBytes(static_cast<size_t>(last.offset + panel_bytes(last, p.taps, p.steps, group)));
   for (const Panel& panel : p.panels) {
     const int32_t width = panel.units * unit_columns;
     for (int32_t c = 0; c < panel.columns; ++c) {
       const int16_t* from = values.data() + int64_t{panel.first + c} * p.taps * p.depth;
       for (int32_t t = 0; t < p.taps; ++t) {
-        int8_t* to = p.data.data() + panel.offset + (int64_t{t} * p.quads * width + c) * 4;
+        int8_t* to = p.data.data() + panel.offset + (int64_t{t} * p.steps * width + c) * group;
         for (int32_t k = 0; k < p.depth; ++k) {
-          to[int64_t{k / 4} * width * 4 + k % 4] = static_cast<int8_t>(from[int64_t{t} * p.depth + k]);
+          to[int64_t{k / group} * width * group + k % group] = static_cast<int8_t>(from[int64_t{t} * p.depth + k]);
         }
       }
     }
@@ -79,15 +80,15 @@ AlignedBytes::AlignedBytes(size_t size) {
   std::memset(data_.get(), 0, rounded);
 }
 
-int64_t panel_bytes(const Panel& panel, int64_t taps, int64_t depth) {
-  return taps * depth * panel.units * unit_columns * 4;
+int64_t panel_bytes(const Panel& panel, int64_t taps, int64_t depth, int32_t group) {
+  return taps * depth * panel.units * unit_columns * group;
 }
 
 int64_t padded_columns(const std::vector<Panel>& panels) {
   return panels.empty() ? 0 : panels.back().padded + int64_t{panels.back().units} * unit_columns;
 }
 
-void split_panels(int32_t groups, int32_t columns, int32_t max_units, int64_t taps, int64_t depth,
+void split_panels(int32_t groups, int32_t columns, int32_t max_units, int64_t taps, int64_t depth, int32_t group,
                   std::vector<Panel>& panels) {
   const int32_t all_units = (columns + unit_columns - 1) / unit_columns;
   const int32_t count = (all_units + max_units - 1) / max_units;
@@ -99,7 +100,7 @@ void split_panels(int32_t groups, int32_t columns, int32_t max_units, int64_t ta
       const int32_t units = all_units / count + (i < all_units % count ? 1 : 0);
       const int32_t width = std::min(units * unit_columns, columns - first);
       panels.push_back({g, g * columns + first, width, units, padded, offset});
-      offset += panel_bytes(panels.back(), taps, depth);
+      offset += panel_bytes(panels.back(), taps, depth, group);
       padded += units * unit_columns;
       first += width;
     }
@@ -123,7 +124,7 @@ std::shared_ptr<const PackedWeights> pack_weights(const char* isa, const Weights
     p.taps = p.kernel_h;
     p.depth *= p.kernel_w;
   }
-  p.quads = (p.depth + 3) / 4;
+  p.steps = (p.depth + p.kernels->group() - 1) / p.kernels->group();
   p.padded = p.outputs;
   p.tap_sums.assign(static_cast<size_t>(p.taps) * static_cast<size_t>(p.outputs), 0);
   for (int32_t o = 0; o < p.outputs; ++o) {

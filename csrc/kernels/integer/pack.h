@@ -40,12 +40,12 @@ class AlignedBytes {
   std::unique_ptr<int8_t, Free> data_;
 };
 
-// Splits `columns` into panels of nearly equal width, at most `max_units`; `depth` groups of four, `taps` of them.
-void split_panels(int32_t groups, int32_t columns, int32_t max_units, int64_t taps, int64_t depth,
+// Splits `columns` into panels of nearly equal width, at most `max_units`; `depth` groups of `group` inputs, `taps` of them.
+void split_panels(int32_t groups, int32_t columns, int32_t max_units, int64_t taps, int64_t depth, int32_t group,
                   std::vector<Panel>& panels);
 // Columns and bytes of all panels.
 int64_t padded_columns(const std::vector<Panel>& panels);
-int64_t panel_bytes(const Panel& panel, int64_t taps, int64_t depth);
+int64_t panel_bytes(const Panel& panel, int64_t taps, int64_t depth, int32_t group);
 
 // Channel of position i of the padded depthwise arrays, see isa.h; `block` as in Int8Kernels.
 inline int32_t depthwise_channel(int32_t i, int32_t block) {
@@ -61,7 +61,7 @@ class PackedWeights {
   int32_t outputs, inputs, groups, kernel_h, kernel_w;
   int32_t taps;   // of `method`: kernel_h for folded
   int32_t depth;  // input channels of a tap
-  int32_t quads;  // depth / 4, rounded up
+  int32_t steps;  // depth / kernels->group(), rounded up
   int32_t padded; // columns
   std::vector<Panel> panels;       // gemm, folded
   AlignedBytes data;               // not wide

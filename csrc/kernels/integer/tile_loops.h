@@ -4,14 +4,14 @@
 //   Int load(const int32_t*), store(int32_t*, Int), set(int32_t), add(Int, Int)
 //   Float load(const float*), set(float), to_float(Int), to_int(Float) (half to even; what is below int32 gives its minimum),
 //   mul, min, max, add(Float, Float), round(Float) (half to even), fma(a, b, c)
-//   Flip flip(uint8_t); Left left(const uint8_t* four, Flip): four activations in every lane
-//   Right right(const int8_t*): 4 * width weights; Int dot(Int, Left, Right)
+//   Flip flip(uint8_t); Left left(const uint8_t* four, Flip): four bytes of activations in every lane
+//   Right right(const int8_t*): `group` * width weights; Int dot(Int, Left, Right)
 //   interleave<Rows>(const uint8_t* const from[Rows], int64_t offset, Flip, Left to[4]): 4 * width channels of four rows in the
 //   order of isa.h, or of three and anything
 //   Int codes(const uint8_t*, bool is_signed): `width` bytes as integers
 //   store_columns<Units>(uint8_t*, const Int*, const Bytes&, int32_t columns), with Bytes made of ByteCodes
 //   store_interleaved(uint8_t*, const Int[4], const Bytes&, int32_t channels)
-// and `template <int Units> constexpr int rows`, the rows of its tile.
+// and the constants `template <int Units> int rows`, the rows of its tile, and `group`, see Int8Kernels.
 #pragma once
 
 #include "isa.h"
@@ -85,8 +85,8 @@ void tile(const GemmBlock& g, const Epilogue8<V>* epilogue, int32_t first) {
     for (int64_t k = 0; k < end; k += 4) {
       typename V::Right b[vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) b[v] = V::right(right + v * V::width * 4);
-      right += Units * unit_columns * 4;
+      for (int v = 0; v < vectors; ++v) b[v] = V::right(right + v * V::width * V::group);
+      right += Units * unit_columns * V::group;
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
         const typename V::Left a = V::left(left[r] + k, flip);
