@@ -9,6 +9,19 @@
 namespace qat {
 namespace {
 
+// For every mask the lanes whose bit is set, in order.
+struct Compaction {
+  uint8_t lanes[256][8];
+  constexpr Compaction() : lanes{} {
+    for (int mask = 0; mask < 256; ++mask) {
+      for (int lane = 0, at = 0; lane < 8; ++lane) {
+        if (mask >> lane & 1) lanes[mask][at++] = static_cast<uint8_t>(lane);
+      }
+    }
+  }
+};
+constexpr Compaction compaction;
+
 struct Vector {
   static constexpr int width = 8;
   using Float = __m256;
@@ -50,6 +63,17 @@ struct Vector {
   static Float select(Mask mask, Float a, Float b) { return _mm256_blendv_ps(b, a, mask); }
   static uint32_t bits(Mask mask) { return static_cast<uint32_t>(_mm256_movemask_ps(mask)); }
   static int count(Mask mask) { return __builtin_popcount(bits(mask)); }
+  // Bins of the lanes that are not +0.0, side by side; writes all of a vector, and returns how many of it count.
+  static int pack_bins(Float a, int shift, uint32_t* to) {
+    const __m256i pattern = _mm256_castps_si256(a);
+    const __m256i zero = _mm256_cmpeq_epi32(pattern, _mm256_setzero_si256());
+    const uint32_t kept = bits(_mm256_castsi256_ps(zero)) ^ 0xffu;
+    const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(compaction.lanes[kept]));
+    const __m256i bins = _mm256_srl_epi32(pattern, _mm_cvtsi32_si128(shift));
+    const __m256i packed = _mm256_permutevar8x32_epi32(bins, _mm256_cvtepu8_epi32(order));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), packed);
+    return __builtin_popcount(kept);
+  }
   static void store_masked(float* to, const float* from, uint32_t bits) {
     const __m256i one_each = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), one_each);
@@ -65,7 +89,7 @@ struct Vector {
   }
 };
 
-constexpr Kernels kernels{"avx2", typed_kernels<Vector, float>(), typed_kernels<Vector, uint16_t>()};
+constexpr Kernels kernels = all_kernels<Vector>("avx2");
 
 }  // namespace
 

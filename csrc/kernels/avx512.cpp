@@ -44,6 +44,15 @@ struct Vector {
   static Float select(Mask mask, Float a, Float b) { return _mm512_mask_blend_ps(mask, b, a); }
   static uint32_t bits(Mask mask) { return mask; }
   static int count(Mask mask) { return __builtin_popcount(mask); }
+  // Bins of the lanes that are not +0.0, side by side; writes all of a vector, and returns how many of it count.
+  static int pack_bins(Float a, int shift, uint32_t* to) {
+    const __m512i pattern = _mm512_castps_si512(a);
+    const __mmask16 kept = _mm512_test_epi32_mask(pattern, pattern);
+    const __m512i bins = _mm512_srl_epi32(pattern, _mm_cvtsi32_si128(shift));
+    // compressed in a register: storing under a mask is slow on some processors
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(kept, bins));
+    return __builtin_popcount(kept);
+  }
   static void store_masked(float* to, const float* from, uint32_t bits) {
     _mm512_storeu_ps(to, _mm512_maskz_mov_ps(static_cast<Mask>(bits), _mm512_loadu_ps(from)));
   }
@@ -53,7 +62,7 @@ struct Vector {
   }
 };
 
-constexpr Kernels kernels{"avx512", typed_kernels<Vector, float>(), typed_kernels<Vector, uint16_t>()};
+constexpr Kernels kernels = all_kernels<Vector>("avx512");
 
 }  // namespace
 

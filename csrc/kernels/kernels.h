@@ -36,10 +36,28 @@ struct TypedKernels {
   void (*extrema_run)(const T* x, int64_t n, Extrema* extrema);
   // Widens low[i] and high[i] by x[i], and counts into *nonfinite.
   void (*extrema_each)(const T* x, int64_t n, float* low, float* high, int64_t* nonfinite);
+  // Widens `extrema`, and writes the upper bits of the float32 patterns (shifted right by `shift`) of the elements that
+  // are not +0.0, in order; returns how many. `bins` has room for n + 16.
+  int64_t (*bins_run)(const T* x, int64_t n, int shift, uint32_t* bins, Extrema* extrema);
+  // out[i] = x[i] * factor[i], and out[i] = x[i] / factor[i]; out may be x where the types are equal.
+  void (*multiply_each)(const T* x, const float* factor, float* out, int64_t n);
+  void (*divide_each)(const float* x, const float* factor, T* out, int64_t n);
+  // Gradients of a fake quantization: dx[i] that of x; ds[i] and dz[i] what the element adds to those of the scale and
+  // of the zero point. dx may be grad.
+  void (*learned_run)(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, float scale, float zero_point,
+                      Range range);
+  void (*learned_each)(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, const float* scale,
+                       const float* zero_point, Range range);
 };
 
 struct Kernels {
   const char* isa;
+  // The sum of x in an order that only n decides, and sum[i] += x[i].
+  double (*sum_run)(const float* x, int64_t n);
+  void (*sum_each)(const float* x, int64_t n, double* sum);
+  // The sum of jumps[i] F(points[i]), F the primitive of the squared error of a grid with zero on it, a step of `scale` and
+  // the codes [low, high] around zero; in an order that only n decides (qat/observers/clipping.py).
+  double (*clip_error)(const double* points, const double* jumps, int64_t n, double scale, double low, double high);
   TypedKernels<float> f32;
   TypedKernels<uint16_t> bf16;
 };

@@ -76,6 +76,17 @@ struct Vector {
     return static_cast<uint32_t>(sum((mask.a & Ints{1, 2, 4, 8}) | (mask.b & Ints{16, 32, 64, 128})));
   }
   static int count(Mask mask) { return -sum(mask.a + mask.b); }
+  // Bins of the lanes that are not +0.0, side by side; writes all of a vector, and returns how many of it count.
+  static int pack_bins(Float v, int shift, uint32_t* to) {
+    uint32_t patterns[width];
+    std::memcpy(patterns, &v, sizeof(patterns));
+    int count = 0;
+    for (int k = 0; k < width; ++k) {
+      to[count] = patterns[k] >> shift;
+      count += patterns[k] != 0;
+    }
+    return count;
+  }
   static void store_masked(float* to, const float* from, uint32_t bits) {
     const Ints low{1, 2, 4, 8}, high{16, 32, 64, 128}, given = Ints{} + static_cast<int32_t>(bits);
     store(to, keep({(given & low) == low, (given & high) == high}, load(from)));
@@ -90,7 +101,7 @@ struct Vector {
   }
 };
 
-constexpr Kernels kernels{"portable", typed_kernels<Vector, float>(), typed_kernels<Vector, uint16_t>()};
+constexpr Kernels kernels = all_kernels<Vector>("portable");
 
 }  // namespace
 

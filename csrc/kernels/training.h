@@ -40,11 +40,4 @@ void mask_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, 
 template <class T>
 void observe_extrema(const Kernels& kernels, ParallelFor parallel, const T* x, Layout layout, ExtremaOut extrema);
 
-// Counts by the upper 16 bits of the float32 pattern into counts[65536], nan and infinities into no bin, and widens
-// the extrema of the one channel. `threads`: how many parts are worth a table of their own.
-constexpr int64_t histogram_bins = 65536;
-template <class T>
-void observe_histogram(const Kernels& kernels, ParallelFor parallel, int64_t threads, const T* x, int64_t n,
-                       int64_t* counts, ExtremaOut extrema);
-
 }  // namespace qat

@@ -116,6 +116,17 @@ inline float bits_to_float(uint32_t bits) {
   return value;
 }
 
+template <class V>
+inline void widen(typename V::Float low, typename V::Float high, Extrema* extrema) {
+  float lows[V::width], highs[V::width];
+  V::store(lows, low);
+  V::store(highs, high);
+  for (int k = 0; k < V::width; ++k) {
+    if (lows[k] < extrema->low) extrema->low = lows[k];
+    if (highs[k] > extrema->high) extrema->high = highs[k];
+  }
+}
+
 template <class V, class T>
 void extrema_run(const T* x, int64_t n, Extrema* extrema) {
   const auto highest = V::set(bits_to_float(0x7f800000u)), lowest = V::set(bits_to_float(0xff800000u));
@@ -142,13 +153,7 @@ void extrema_run(const T* x, int64_t n, Extrema* extrema) {
       if (highs[k] > extrema->high) extrema->high = highs[k];
     }
   }
-  float lows[V::width], highs[V::width];
-  V::store(lows, low);
-  V::store(highs, high);
-  for (int k = 0; k < V::width; ++k) {
-    if (lows[k] < extrema->low) extrema->low = lows[k];
-    if (highs[k] > extrema->high) extrema->high = highs[k];
-  }
+  widen<V>(low, high, extrema);
   extrema->nonfinite += nonfinite;
 }
 
@@ -173,9 +178,163 @@ void extrema_each(const T* x, int64_t n, float* low, float* high, int64_t* nonfi
   *nonfinite += count;
 }
 
+// ---- histograms
+
+template <class V, class T>
+int64_t bins_run(const T* x, int64_t n, int shift, uint32_t* bins, Extrema* extrema) {
+  const auto highest = V::set(bits_to_float(0x7f800000u)), lowest = V::set(bits_to_float(0xff800000u));
+  auto low = highest, high = lowest;
+  int64_t nonfinite = 0, i = 0;
+  uint32_t* to = bins;
+  for (; i + V::width <= n; i += V::width) {
+    const auto v = V::load(x + i);
+    const auto finite = V::finite(v);
+    low = V::min(low, V::select(finite, v, highest));
+    high = V::max(high, V::select(finite, v, lowest));
+    nonfinite += V::width - V::count(finite);
+    to += V::pack_bins(v, shift, to);
+  }
+  widen<V>(low, high, extrema);
+  extrema->nonfinite += nonfinite;
+  if (i == n) return to - bins;
+  extrema_run<V>(x + i, n - i, extrema);
+  T buffer[V::width];
+  copy_in<V>(buffer, x + i, n - i);  // filled up with zeros, which have no place in the list
+  return to + V::pack_bins(V::load(buffer), shift, to) - bins;
+}
+
+// ---- weights
+
+template <class V, class T>
+void multiply_each(const T* x, const float* factor, float* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) V::store(out + i, V::mul(V::load(x + i), V::load(factor + i)));
+  if (i == n) return;
+  T buffer[V::width];
+  float factors[V::width], products[V::width];
+  copy_in<V>(buffer, x + i, n - i);
+  copy_in<V>(factors, factor + i, n - i);
+  V::store(products, V::mul(V::load(buffer), V::load(factors)));
+  std::memcpy(out + i, products, static_cast<size_t>(n - i) * sizeof(float));
+}
+
+template <class V, class T>
+void divide_each(const float* x, const float* factor, T* out, int64_t n) {
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) V::store(out + i, V::div(V::load(x + i), V::load(factor + i)));
+  if (i == n) return;
+  float buffer[V::width], factors[V::width];
+  T quotients[V::width];
+  copy_in<V>(buffer, x + i, n - i);
+  copy_in<V>(factors, factor + i, n - i);
+  V::store(quotients, V::div(V::load(buffer), V::load(factors)));
+  std::memcpy(out + i, quotients, static_cast<size_t>(n - i) * sizeof(T));
+}
+
+// ---- learned grids
+
+// Inside the range y = (round(x / s)) s: 1 for x, round(x / s) - x / s for s, nothing for z. Outside y = (bound - z) s:
+// nothing for x, bound - z for s, -s for z. A nan has the code of zero whatever the grid: nothing at all.
+template <class V, class T>
+inline void learned_vector(const T* grad, const T* x, T* dx, float* ds, float* dz, typename V::Float scale,
+                           typename V::Float zero_point, typename V::Float low, typename V::Float high) {
+  const auto g = V::load(grad), quotient = V::div(V::load(x), scale), steps = V::round(quotient);
+  const auto number = V::ordered(steps);
+  const auto code = V::add(V::keep(number, steps), zero_point), clamped = V::min(V::max(code, low), high);
+  const auto inside = V::both(number, V::equal(code, clamped));
+  const auto reached = V::sub(clamped, zero_point);
+  const auto none = V::set(0.0f);
+  V::store(dx, V::keep(inside, g));
+  V::store(ds, V::keep(number, V::mul(g, V::select(inside, V::sub(reached, quotient), reached))));
+  V::store(dz, V::keep(number, V::select(inside, none, V::mul(g, V::sub(none, scale)))));
+}
+
+template <class V, class T, class Grid>
+inline void learned_loop(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, const Grid& grid,
+                         Range range) {
+  const auto low = V::set(range.low), high = V::set(range.high);
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    learned_vector<V>(grad + i, x + i, dx + i, ds + i, dz + i, grid.scale(i), grid.zero_point(i), low, high);
+  }
+  if (i == n) return;
+  const int64_t rest = n - i;
+  T grads[V::width], values[V::width];
+  float scales[V::width], zeros[V::width];
+  copy_in<V>(grads, grad + i, rest);
+  copy_in<V>(values, x + i, rest);
+  const auto last = grid.last(i, rest);
+  learned_vector<V>(grads, values, grads, scales, zeros, last.scale(0), last.zero_point(0), low, high);
+  std::memcpy(dx + i, grads, static_cast<size_t>(rest) * sizeof(T));
+  std::memcpy(ds + i, scales, static_cast<size_t>(rest) * sizeof(float));
+  std::memcpy(dz + i, zeros, static_cast<size_t>(rest) * sizeof(float));
+}
+
+template <class V, class T>
+void learned_run(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, float scale, float zero_point,
+                 Range range) {
+  learned_loop<V>(grad, x, dx, ds, dz, n, OneGrid<V>{V::set(scale), V::set(zero_point)}, range);
+}
+
+template <class V, class T>
+void learned_each(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, const float* scale,
+                  const float* zero_point, Range range) {
+  learned_loop<V>(grad, x, dx, ds, dz, n, EachGrid<V>{scale, zero_point}, range);
+}
+
+// The compiler makes vectors of these; the order of the additions is written out, so every instruction set has it.
+inline double sum_run(const float* x, int64_t n) {
+  constexpr int lanes = 16;
+  double sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int k = 0; k < lanes; ++k) sums[k] += static_cast<double>(x[i + k]);
+  }
+  for (int k = 0; i + k < n; ++k) sums[k] += static_cast<double>(x[i + k]);
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  }
+  return sums[0];
+}
+
+inline void sum_each(const float* x, int64_t n, double* sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(x[i]);
+}
+
 template <class V, class T>
 constexpr TypedKernels<T> typed_kernels() {
-  return {&quantize_run<V, T>, &quantize_each<V, T>, &mask_run<V, T>, &extrema_run<V, T>, &extrema_each<V, T>};
+  return {&quantize_run<V, T>,  &quantize_each<V, T>, &mask_run<V, T>,    &extrema_run<V, T>, &extrema_each<V, T>,
+          &bins_run<V, T>,      &multiply_each<V, T>, &divide_each<V, T>, &learned_run<V, T>, &learned_each<V, T>};
+}
+
+inline double clip_error(const double* points, const double* jumps, int64_t n, double scale, double low, double high) {
+  constexpr int lanes = 8;
+  // added to a double below 2^51 and taken off again, it rounds half to even
+  constexpr double to_integer = 0x1.8p52;
+  const double inverse = 1.0 / scale, cube = scale * scale * scale / 12.0, third = 1.0 / 3.0;
+  const auto primitive = [=](double t) {
+    double k = t * inverse;
+    k = k < low ? low : k;
+    k = k > high ? high : k;
+    k = (k + to_integer) - to_integer;
+    const double r = t - k * scale;
+    return r * r * r * third + k * cube;
+  };
+  double sums[lanes] = {};
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    for (int k = 0; k < lanes; ++k) sums[k] += primitive(points[i + k]) * jumps[i + k];
+  }
+  for (int k = 0; i + k < n; ++k) sums[k] += primitive(points[i + k]) * jumps[i + k];
+  for (int half = lanes / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  }
+  return sums[0];
+}
+
+template <class V>
+constexpr Kernels all_kernels(const char* isa) {
+  return {isa, &sum_run, &sum_each, &clip_error, typed_kernels<V, float>(), typed_kernels<V, uint16_t>()};
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 #: The `interface_version` of csrc/torch/ops.cpp that the Python code of this package calls.
-_INTERFACE = 1
+_INTERFACE = 2
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def load(path: Path) -> Status:
     # dlopen, the stable ABI and torch.library all have errors of their own
     except Exception as error:  # noqa: BLE001
         return Status(False, f"{path.name} does not load: {' '.join(str(error).split())[:200]}", path=path)
-    from qat.native.operators import register
+    from qat.native import learned, observers, operators, ranges
 
-    register()
+    for part in (operators, observers, ranges, learned):
+        part.register()
     return Status(True, f"built, and this processor runs {isa}", isa, path)

@@ -1,8 +1,8 @@
-"""Calls of the native operators, and what torch must know of them: fake kernels and gradients.
+"""Fake quantization on a given grid, and what all native operators share.
 
-The functions need `qat.native.status().active`. They take CPU tensors of float32 or bfloat16 (computed in float32) in
-any layout; dense ones, such as contiguous and channels_last, are read in place. Results have the same bits for every
-number of threads and every instruction set. Errors are RuntimeError with the cause.
+The functions of this package need `qat.native.status().active`. They take CPU tensors of float32 or bfloat16 (computed
+in float32) in any layout; dense ones, such as contiguous and channels_last, are read in place. Results have the same
+bits for every number of threads and every instruction set. Errors are RuntimeError with the cause.
 """
 
 from __future__ import annotations
@@ -28,10 +28,8 @@ def fake_quantize(
         qmax: Largest code, at most 2**23.
         axis: Dimension of the channels; None for per-tensor.
     """
-    out: Tensor = torch.ops.qat.fake_quantize_forward(
-        x, scale, zero_point, qmin, qmax, _axis(x, axis), torch.is_grad_enabled() and x.requires_grad
-    )[0]
-    return out
+    operator = torch.ops.qat.fake_quantize_forward.default
+    return straight_through(operator, x, scale, zero_point, qmin, qmax, axis_of(x, axis))
 
 
 def fake_quantize_observe(
@@ -39,42 +37,60 @@ def fake_quantize_observe(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `fake_quantize(...)` and, of the same pass over memory, `observe_minmax(x, axis)`."""
     y, _, low, high, nonfinite = torch.ops.qat.fake_quantize_observe_forward(
-        x, scale, zero_point, qmin, qmax, _axis(x, axis), torch.is_grad_enabled() and x.requires_grad
+        x, scale, zero_point, qmin, qmax, axis_of(x, axis), torch.is_grad_enabled() and x.requires_grad
     )
     return y, low, high, nonfinite
 
 
-def observe_minmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the smallest and the largest finite values, and the count of the others.
-
-    Returns:
-        Minima and maxima, float32, () or (C,), inf and -inf where there is no finite value, 0.0 for either zero; and
-        the number of elements that are nan or infinite, int64, ().
-    """
-    low, high, nonfinite = torch.ops.qat.observe_minmax(x.detach(), _axis(x, axis))
-    return low, high, nonfinite
-
-
-def observe_histogram(x: Tensor, counts: Tensor, low: Tensor, high: Tensor, nonfinite: Tensor) -> None:
-    """Count `x` by the upper 16 bits of its float32 patterns, and widen its range, in place.
-
-    The bins are those of `qat.observers.binning` with 7 bits of the mantissa.
-
-    Args:
-        x: Any shape.
-        counts: int64, (65536,); the bins of nan and inf are set to 0.
-        low: float32, one value: the smallest finite element so far.
-        high: float32, one value: the largest.
-        nonfinite: int64, one value: elements that were nan or infinite.
-    """
-    torch.ops.qat.observe_histogram(x.detach(), counts, low, high, nonfinite)
-
-
-def _axis(x: Tensor, axis: int | None) -> int:
+def axis_of(x: Tensor, axis: int | None) -> int:
     """Return the axis as the operators want it: not negative, or -1 for per-tensor."""
     if axis is None:
         return -1
     return axis + x.dim() if -x.dim() <= axis < 0 else axis if axis >= 0 else x.dim()
+
+
+def straight_through(operator: Any, x: Tensor, *arguments: Any) -> Tensor:
+    """Return what an operator makes of `x`, with the gradient straight through the range mask that it also returns.
+
+    A gradient that is registered with the operator does the same, where there is one (an operator that changes its
+    arguments has none), but takes five times as long to call, which shows in networks of small layers.
+
+    Args:
+        operator: Of torch.ops.qat; its last argument asks for the mask.
+        x: Its first argument, the only one that gets a gradient.
+        arguments: The others, without the last one.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _StraightThrough.apply(x, operator, arguments)  # type: ignore[no-untyped-call]
+        return out
+    result: Tensor = _below_autograd(operator, x, *arguments, False)[0]
+    return result
+
+
+def _below_autograd(operator: Any, *arguments: Any) -> Any:
+    """Call an operator whose gradient somebody else takes care of."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, operator: Any, arguments: tuple[Any, ...]) -> Tensor:
+        y, mask_bits = _below_autograd(operator, x, *arguments, True)
+        ctx.save_for_backward(mask_bits)
+        # the bits are in the order of memory of the output
+        ctx.strides = y.stride()
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (mask_bits,) = ctx.saved_tensors
+        operator = torch.ops.qat.fake_quantize_backward.default
+        if torch.is_grad_enabled():  # the gradient is to have a gradient
+            return operator(grad, mask_bits, ctx.strides), None, None
+        return _below_autograd(operator, grad, mask_bits, ctx.strides), None, None
 
 
 def register() -> None:
@@ -82,8 +98,6 @@ def register() -> None:
     torch.library.register_fake("qat::fake_quantize_forward", _fake_forward)
     torch.library.register_fake("qat::fake_quantize_observe_forward", _fake_observe_forward)
     torch.library.register_fake("qat::fake_quantize_backward", _fake_backward)
-    torch.library.register_fake("qat::observe_minmax", _fake_extrema)
-    torch.library.register_fake("qat::observe_histogram", _fake_histogram)
     for name in ("qat::fake_quantize_forward", "qat::fake_quantize_observe_forward"):
         torch.library.register_autograd(name, _forward_gradient, setup_context=_keep_mask)
     torch.library.register_autograd("qat::fake_quantize_backward", _mask_gradient, setup_context=_keep_given_mask)
@@ -103,21 +117,18 @@ def _fake_forward(
 def _fake_observe_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int = -1, with_mask: bool = True
 ) -> tuple[Tensor, ...]:
-    return (*_fake_forward(x, scale, zero_point, qmin, qmax, axis, with_mask), *_fake_extrema(x, axis))
+    return (*_fake_forward(x, scale, zero_point, qmin, qmax, axis, with_mask), *fake_extrema(x, axis))
 
 
 def _fake_backward(grad: Tensor, mask_bits: Tensor, strides: list[int]) -> Tensor:
     return grad.new_empty_strided(grad.shape, strides)
 
 
-def _fake_extrema(x: Tensor, axis: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+def fake_extrema(x: Tensor, axis: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the shapes of minima, maxima and the count of other values are, for fake kernels."""
     shape = () if axis == -1 else (x.shape[axis],)
     low, high = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     return low, high, x.new_empty((), dtype=torch.int64)
-
-
-def _fake_histogram(x: Tensor, counts: Tensor, low: Tensor, high: Tensor, nonfinite: Tensor) -> None:
-    return None
 
 
 def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

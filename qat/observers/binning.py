@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from qat import numerics
+from qat import native, numerics
 from qat.observers.base import Observer, Option, Reduction
 from qat.scheme import Granularity, Scheme
 
@@ -77,6 +77,11 @@ class BinnedObserver(Observer):
             flat.scatter_add_(0, index.reshape(-1).to(torch.int64), one.expand(x.numel()))
         per_sign = self.counts.view(*self.counts.shape[:-1], 2, self.bins // 2)
         per_sign[..., -(1 << self.mantissa_bits) :] = 0
+
+    def _update_natively(self, x: Tensor) -> None:
+        native.observe_histogram(
+            x, self.counts, self.min_val, self.max_val, self.nonfinite, self._native_axis, self.mantissa_bits
+        )
 
     def magnitudes(self) -> tuple[Tensor, Tensor]:
         """Return the counts of negative and of other elements by growing magnitude, int64, (C or 1, H)."""

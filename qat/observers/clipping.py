@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qat import numerics
+from qat import native, numerics
 from qat.scheme import Scheme
 
 #: Width of a single element, relative to its value: enough for the difference of two F to keep its digits.
@@ -200,6 +200,8 @@ def _errors(density: Density, low: Tensor, high: Tensor, scheme: Scheme) -> Tens
     scale, zero_point = numerics.range_to_scale_unchecked(low, high, scheme)
     s, z = scale.to(torch.float64), zero_point.to(torch.float64)
     qmin, qmax = scheme.code_range
+    if native.status().active:
+        return native.clip_errors(density.points, density.jumps, s, qmin - z, qmax - z) + density.constant[:, None]
     out = torch.empty_like(s)
     channels, points = density.points.shape
     step = max(1, _CHUNK // (channels * points))

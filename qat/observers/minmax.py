@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qat import native
 from qat.observers.base import Observer
 from qat.scheme import Scheme
 
@@ -19,6 +20,9 @@ class MinMaxObserver(Observer):
     def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:  # noqa: ARG002
         self.min_val.copy_(torch.minimum(self.min_val, low))
         self.max_val.copy_(torch.maximum(self.max_val, high))
+
+    def _update_natively(self, x: Tensor) -> None:
+        native.observe_range(x, self.min_val, self.max_val, self.nonfinite, self._native_axis)
 
     def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return self.min_val.cpu().to(torch.float64), self.max_val.cpu().to(torch.float64)

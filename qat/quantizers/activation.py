@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qat import numerics
+from qat import native, numerics
 from qat.encoding import Encoding
 from qat.errors import DataError, SchemeError, StateError
 from qat.observers import make_observer
 from qat.quantizers.base import Phase, Quantizer, tensor_range
-from qat.quantizers.static import fake_quantize
+from qat.quantizers.static import fake_quantize, is_for_native
 from qat.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -106,6 +106,9 @@ class FakeQuantize(Quantizer):
             if self.observing and not constant:
                 self.observer.observe(x.detach())
             if self.tracking and self.training and (last or not constant):
+                if self._tracks_natively(x):
+                    state = (self.min_val, self.max_val, self.scale, self.zero_point, self.tracked)
+                    return native.fake_quantize_track(x, state, self.momentum, self.rule)
                 self._track(x.detach(), constant, last)
         if not self.quantizing:
             return x
@@ -114,6 +117,18 @@ class FakeQuantize(Quantizer):
         if not x.is_floating_point():
             raise DataError(f"{self.name!r} is a tensor of {x.dtype}", "quantize only floating-point tensors")
         return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.scheme.granularity)
+
+    def _tracks_natively(self, x: Tensor) -> bool:
+        """Tell whether one native operator takes the range, moves the grid and fake-quantizes."""
+        return (
+            self.quantizing
+            and not self.tied
+            and x.numel() > 0
+            and is_for_native(x, self.scheme.granularity)
+            and self.scale.numel() == (1 if self.rule.axis is None else x.shape[self.rule.axis])
+            and self.scale.device.type == "cpu"
+            and not _is_distributed()
+        )
 
     @torch.no_grad()
     def _track(self, x: Tensor, constant: bool, last: bool) -> None:
@@ -205,9 +220,13 @@ class FakeQuantize(Quantizer):
         return StateError(f"{self.name!r} has no range yet", "calibrate the model first")
 
 
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def _range_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     """Return the widest range over the processes of the default group; nan where any has nan."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not _is_distributed():
         return low, high
     # a maximum need not carry nan over, but infinity it does, and both keep the batch out of the average
     both = torch.nan_to_num(torch.stack([-low, high]), nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)

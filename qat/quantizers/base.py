@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qat import numerics
+from qat import native, numerics
 from qat.encoding import Encoding, Provenance, warn_of_floor
 from qat.errors import CheckpointError, EncodingError, SchemeError
 from qat.scheme import Granularity, Scheme
@@ -119,6 +119,14 @@ class Quantizer(nn.Module):
             raise SchemeError(f"{name!r} cannot be fake-quantized to {scheme.dtype}", "use 16 bits or fewer")
         self.scheme = scheme
         self.name = name
+        #: how a range becomes the grid, for the native extension
+        self.rule = native.GridRule(
+            *scheme.code_range,
+            axis=None if scheme.granularity.kind == "per_tensor" else scheme.granularity.axis,
+            symmetric=scheme.symmetric,
+            middle=scheme.symmetric_zero_point,
+            power_of_two=scheme.power_of_two,
+        )
         self.observing = False
         self.quantizing = False
         self.tracking = False

@@ -41,8 +41,7 @@ def fake_quantize(
     (also for nan). `scale`, `zero_point` and `factor` get no gradient. Only the mask (one byte an element, or
     one bit in the native extension) is kept for the backward pass.
 
-    On the CPU the native extension, where it is there, computes the same bits in one pass over memory. Compiled
-    code keeps to PyTorch's operations, which the compiler fuses with their neighbours.
+    On the CPU the native extension, where it is there, computes the same bits in one pass over memory.
 
     Args:
         x: Floating-point tensor of any shape.
@@ -61,7 +60,7 @@ def fake_quantize(
         raise DataError(f"cannot fake-quantize a tensor of {x.dtype}", "quantize only floating-point tensors")
     if not -_EXACT <= qmin < qmax <= _EXACT:
         raise EncodingError(f"integer range [{qmin}, {qmax}] is too wide for fake quantization", "use 16 bits or fewer")
-    if factor is None and not torch.compiler.is_compiling() and _is_for_native(x, scale, zero_point, granularity):
+    if factor is None and is_for_native(x, granularity) and _fits(x, scale, zero_point, granularity):
         axis = None if granularity.kind == "per_tensor" else granularity.axis
         return native.fake_quantize(x, scale.detach().to(torch.float32), zero_point, qmin, qmax, axis)
     s = numerics.expand_to(scale.detach().to(torch.float32), x, granularity)
@@ -73,19 +72,28 @@ def fake_quantize(
     return _forward(x, s, z, f, qmin, qmax, with_mask=False)[0]
 
 
-def _is_for_native(x: Tensor, scale: Tensor, zero_point: Tensor, granularity: Granularity) -> bool:
-    """Tell whether the native extension is there and has this case; what is wrong is left to the other path."""
-    if granularity.kind == "per_group" or x.dtype not in _NATIVE_VALUES or zero_point.dtype not in _NATIVE_CODES:
-        return False
-    count = 1
-    if granularity.kind == "per_channel":
-        if not -x.dim() <= granularity.axis < x.dim():
-            return False
-        count = x.shape[granularity.axis]
+def is_for_native(x: Tensor, granularity: Granularity) -> bool:
+    """Tell whether the native extension is there and computes with such a tensor here.
+
+    Compiled code keeps to PyTorch's operations, which the compiler fuses with their neighbours.
+    """
+    return (
+        x.dtype in _NATIVE_VALUES
+        and x.device.type == "cpu"
+        and granularity.kind != "per_group"
+        and (granularity.kind == "per_tensor" or -x.dim() <= granularity.axis < x.dim())
+        and not torch.compiler.is_compiling()
+        and native.status().active
+    )
+
+
+def _fits(x: Tensor, scale: Tensor, zero_point: Tensor, granularity: Granularity) -> bool:
+    """Tell whether the native extension has such a grid; what is wrong is left to the other path."""
+    count = 1 if granularity.kind == "per_tensor" else x.shape[granularity.axis]
     return (
         scale.numel() == count == zero_point.numel()
-        and x.device.type == scale.device.type == zero_point.device.type == "cpu"
-        and native.status().active
+        and zero_point.dtype in _NATIVE_CODES
+        and scale.device.type == zero_point.device.type == "cpu"
     )
 
 

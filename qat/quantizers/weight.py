@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qat import numerics
+from qat import native, numerics
 from qat.encoding import Encoding
 from qat.errors import DataError, SchemeError, StateError
 from qat.observers import weight_range
 from qat.quantizers.base import Quantizer, tensor_range
-from qat.quantizers.static import fake_quantize
+from qat.quantizers.static import fake_quantize, is_for_native
 from qat.scheme import Scheme
 
 #: Smallest |gamma| that is used: keeps the factor away from zero. The outputs of a batch norm are off by less
@@ -117,7 +117,9 @@ class WeightFakeQuantize(Quantizer):
         if not self._bn or self._bn[0].running_var is None:
             return None
         bn = self._bn[0]
-        root = torch.sqrt(self._bn[0].running_var.detach().to(torch.float32) + bn.eps)
+        variance = self._bn[0].running_var.detach().to(torch.float32) + bn.eps
+        # torch's float32 root may be off by one bit, the float64 one rounded to float32 never is
+        root = torch.sqrt(variance.to(torch.float64)).to(torch.float32)
         if bn.weight is None:
             return 1.0 / root
         gamma = bn.weight.detach().to(torch.float32)
@@ -155,9 +157,29 @@ class WeightFakeQuantize(Quantizer):
         """
         if not self.quantizing:
             return weight
+        if self._is_for_native(weight):
+            grid = None if self.follows else (self.scale, self.zero_point)
+            return native.fake_quantize_weight(weight, self.rule, self._native_factor(), grid)
         factor = self._spread_factor(weight)
         scale, zero_point = self._grid(_fold(weight, factor))
         return fake_quantize(weight, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor=factor)
+
+    def _is_for_native(self, weight: Tensor) -> bool:
+        """Tell whether the native extension has this case; what is wrong is left to the other path."""
+        if not is_for_native(weight, self.scheme.granularity) or not (self.follows or self.ready):
+            return False
+        tensors = [t for bn in self._bn for t in (bn.weight, bn.running_var) if t is not None]
+        if not self.follows:
+            tensors.append(self.scale)
+        return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+    def _native_factor(self) -> native.BatchNormFactor | None:
+        if not self._bn or self._bn[0].running_var is None:
+            return None
+        bn = self._bn[0]
+        return native.BatchNormFactor(
+            bn.weight, self._bn[0].running_var, bn.eps, GAMMA_FLOOR, self.channel_axis, self.groups
+        )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the float weight to keep where a user assigns `module.weight`: the assigned one."""

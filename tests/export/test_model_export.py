@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 
 import qat
 from qat.errors import DataError, ExportError, OutputError, StateError, VerificationError
-from qat.export import verify
+from qat.export import runtime, verify
 from qat.export.islands import _Island
 from qat.integer.kernels import linear
 
@@ -52,8 +51,7 @@ def qmodel() -> qat.PreparedModel:
 
 
 def run(path: Path, **feeds: Tensor) -> list[Any]:
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return session.run(None, {name: x.numpy() for name, x in feeds.items()})
+    return runtime.session(str(path)).run(None, {name: x.numpy() for name, x in feeds.items()})
 
 
 # what is written ----------------------------------------------------------------------------------------------------

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_cases import make, tensors
+from native_cases import make, same_bits, tensors
 from torch import Tensor
 
 from qat import native
-from qat.observers import make_observer
+from qat.observers import Observer, make_observer
 from qat.scheme import PER_TENSOR, Granularity, ObserverSpec
 
 
@@ -25,12 +26,42 @@ def buffers() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     )
 
 
+def in_pytorch(name: str, granularity: Granularity, channels: int | None, **options: float) -> Observer:
+    """An observer that leaves the native extension alone."""
+    observer = make_observer(ObserverSpec(name, options), granularity, channels, "x")
+    observer._is_for_native = lambda _: False  # type: ignore[method-assign]
+    return observer
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[list[Tensor], Granularity, int | None]:
+    """Batches of one shape, and which of their elements share a range."""
+    first = draw(tensors())
+    axis = None if first.dim() == 0 or first.numel() == 0 else draw(st.sampled_from([None, *range(first.dim())]))
+    seed, nasty = draw(st.integers(0, 2**31)), draw(st.sampled_from([0.0, 0.1]))
+    more = [
+        make(tuple(first.shape), layout, first.dtype, seed, nasty)
+        for layout in draw(st.lists(st.sampled_from(["contiguous", "permuted"]), max_size=2))
+    ]
+    if draw(st.booleans()):
+        more.append(first.relu())
+    if axis is None:
+        return [first, *more], PER_TENSOR, None
+    granularity = Granularity("per_channel", axis - draw(st.sampled_from([0, first.dim()])))
+    return [first, *more], granularity, first.shape[axis]
+
+
+def assert_same_state(ours: Observer, theirs: Observer) -> None:
+    for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
+        assert torch.equal(a, b), name
+
+
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tensors(), st.integers(0, 4))
 def test_minmax_equals_the_observer(isa: str, x: Tensor, channel: int) -> None:
     for axis in (None, channel % x.dim()) if x.dim() and x.numel() else (None,):
         granularity = PER_TENSOR if axis is None else Granularity("per_channel", axis)
-        observer = make_observer(ObserverSpec("minmax"), granularity, None if axis is None else x.shape[axis], "x")
+        observer = in_pytorch("minmax", granularity, None if axis is None else x.shape[axis])
         observer.observe(x)
         low, high, nonfinite = native.observe_minmax(x, axis)
         assert torch.equal(low, observer.min_val)
@@ -39,45 +70,120 @@ def test_minmax_equals_the_observer(isa: str, x: Tensor, channel: int) -> None:
         assert not bool(torch.signbit(low[low == 0]).any()), "either zero is 0.0, whatever the order of the elements"
 
 
-@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(tensors(), min_size=1, max_size=3))
-def test_histograms_equal_the_observer(isa: str, batches: list[Tensor]) -> None:
-    observer = make_observer(ObserverSpec("histogram"), PER_TENSOR, None, "x")
-    state = buffers()
-    for x in batches:
-        observer.observe(x)
-        native.observe_histogram(x, *state)
-    counts, low, high, nonfinite = state
-    assert torch.equal(counts, observer.counts)
-    assert torch.equal(low, observer.min_val)
-    assert torch.equal(high, observer.max_val)
-    assert torch.equal(nonfinite, observer.nonfinite)
+KINDS = (
+    ("minmax", {}), ("moving_average", {"momentum": 0.3}), ("moving_average", {"momentum": 1.0}),
+    ("percentile", {"mantissa_bits": 0}), ("histogram", {}), ("histogram", {"mantissa_bits": 5}),
+)  # fmt: skip
 
 
-def test_large_histograms_over_threads(isa: str) -> None:
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(batches(), st.sampled_from(KINDS))
+def test_observers_have_the_state_that_pytorch_gives(
+    isa: str, data: tuple[list[Tensor], Granularity, int | None], kind: tuple[str, dict[str, float]]
+) -> None:
+    given, granularity, channels = data
+    name, options = kind
+    ours = make_observer(ObserverSpec(name, options), granularity, channels, "x")
+    theirs = in_pytorch(name, granularity, channels, **options)
+    for x in given:
+        ours.observe(x)
+        theirs.observe(x)
+        assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [7, 10])
+def test_large_histograms_over_threads(isa: str, dtype: torch.dtype, bits: int) -> None:
     """Large enough for several threads, each with counters of its own."""
-    x = make((3, 700_001), "contiguous", torch.float32, 1, 0.01)
-    observer = make_observer(ObserverSpec("histogram"), PER_TENSOR, None, "x")
-    observer.observe(x)
+    x = make((3, 700_001), "contiguous", dtype, 1, 0.01)
+    x[1].relu_()
+    theirs = in_pytorch("histogram", PER_TENSOR, None, mantissa_bits=bits)
+    theirs.observe(x)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            counts, low, high, nonfinite = state = buffers()
-            native.observe_histogram(x, *state)
-            assert torch.equal(counts, observer.counts)
-            assert (low.item(), high.item()) == (observer.min_val.item(), observer.max_val.item())
-            assert nonfinite.item() == observer.nonfinite.item()
+            ours = make_observer(ObserverSpec("histogram", {"mantissa_bits": bits}), PER_TENSOR, None, "x")
+            ours.observe(x)
+            assert_same_state(ours, theirs)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_histograms_by_channel_over_threads(isa: str, memory_format: torch.memory_format) -> None:
+    x = make((3, 40, 50, 61), "contiguous", torch.float32, 1, 0.01).to(memory_format=memory_format)
+    theirs = in_pytorch("histogram", Granularity("per_channel", 1), 40)
+    theirs.observe(x)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            ours = make_observer(ObserverSpec("histogram"), Granularity("per_channel", 1), 40, "x")
+            ours.observe(x)
+            assert_same_state(ours, theirs)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1e-45, -1e-45, 6.0, -1e-38])
+def test_a_constant_of_either_sign_is_in_one_bin(isa: str, value: float) -> None:
+    for n in (5, 300_000):
+        counts, low, high, _ = state = buffers()
+        x = torch.full((n,), value)
+        native.observe_histogram(x, *state)
+        assert int(counts.sum()) == n
+        assert int(counts[(int(x[0].view(torch.int32)) & 0xFFFFFFFF) >> 16]) == n
+        assert low.item() == high.item() == float(x[0])
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tensors(), st.sampled_from([7, 3]))
+def test_a_histogram_in_the_pass_of_a_fake_quantization(isa: str, x: Tensor, bits: int) -> None:
+    grid = (torch.tensor(0.05), torch.tensor(3), -8, 7)
+    state, alone = ([torch.zeros(512 << bits, dtype=torch.int64), *buffers()[1:]] for _ in range(2))
+    leaf, twin = x.detach().requires_grad_(), x.detach().requires_grad_()
+    y = native.fake_quantize_histogram(leaf, *grid, tuple(state), bits)  # type: ignore[arg-type]
+    native.observe_histogram(x, *alone, mantissa_bits=bits)
+    expected = native.fake_quantize(twin, *grid)
+    assert same_bits(y.detach(), expected.detach())
+    assert all(torch.equal(a, b) for a, b in zip(state, alone, strict=True))
+    gradients = [torch.autograd.grad(v.sum(), t)[0] for v, t in ((y, leaf), (expected, twin))]
+    assert torch.equal(*gradients)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(-400, 400), min_size=1, max_size=20, unique=True), st.floats(0.05, 2.0), st.integers(-9, 0))
+def test_clip_errors_are_the_integrals_of_squared_errors(isa: str, edges: list[int], scale: float, low: int) -> None:
+    points = torch.tensor(sorted(edges), dtype=torch.float64) / 100
+    heights = torch.cat([torch.zeros(1), torch.arange(1.0, len(edges)), torch.zeros(1)]).to(torch.float64)
+    grid = [torch.tensor([[float(v)]], dtype=torch.float64) for v in (scale, low, low + 9)]
+    found = native.clip_errors(points[None], -heights.diff()[None], *grid)
+    fine, total = 20_000, 0.0
+    for a, b, height in zip(points[:-1], points[1:], heights[1:-1], strict=True):
+        t = a + (b - a) * (torch.arange(fine, dtype=torch.float64) + 0.5) / fine
+        k = (t / scale).round().clamp(low, low + 9)
+        total += float(height * (t - k * scale).square().mean() * (b - a))
+    assert found.item() == pytest.approx(total, rel=1e-4, abs=1e-6)
 
 
 def test_opcheck(operators: None) -> None:
     for axis in (-1, 1):
         results = torch.library.opcheck(torch.ops.qat.observe_minmax.default, (torch.randn(3, 4, 5), axis))
         assert set(results.values()) == {"SUCCESS"}
-    results = torch.library.opcheck(torch.ops.qat.observe_histogram.default, (torch.randn(3, 4), *buffers()))
-    assert set(results.values()) == {"SUCCESS"}
+    x, one = torch.randn(3, 4), (torch.ones(1), torch.zeros(1))
+    by_channel = (torch.zeros(4, 512, dtype=torch.int64), torch.zeros(4), torch.zeros(4), buffers()[3])
+    doubles = [torch.rand(2, n, dtype=torch.float64) for n in (5, 5, 3, 3, 3)]
+    for operator, arguments in (
+        ("observe_histogram", (x, *buffers())),
+        ("observe_histogram", (x, *by_channel, 1, 0)),
+        ("observe_range", (x, *buffers()[1:])),
+        ("observe_range", (x, *by_channel[1:], 1, 0.1)),
+        ("fake_quantize_histogram_forward", (x, *one, 0, 15, *buffers())),
+        ("clip_errors", doubles),
+    ):
+        results = torch.library.opcheck(getattr(torch.ops.qat, operator).default, arguments)
+        assert set(results.values()) == {"SUCCESS"}
 
 
 def test_compiled_without_a_graph_break(operators: None) -> None:
@@ -119,3 +225,29 @@ def test_minmax_refuses_what_it_cannot_do(operators: None) -> None:
         native.observe_minmax(torch.ones(2, 3), -3)
     with pytest.raises(RuntimeError, match="neither float32 nor bfloat16"):
         native.observe_minmax(torch.ones(2, dtype=torch.float16))
+
+
+ONE, DOUBLES = (torch.ones(1), torch.zeros(1)), [torch.ones(2, 3, dtype=torch.float64)] * 5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: native.observe_histogram(torch.ones(3), *buffers(), mantissa_bits=11), r"mantissa_bits 11 is outside"),
+        (lambda: native.observe_histogram(torch.ones(3), *buffers(), mantissa_bits=6), "counts is not a contiguous"),
+        (lambda: native.observe_histogram(torch.ones(3, 2), *buffers(), axis=1), "counts is not a contiguous"),
+        (lambda: native.observe_range(torch.ones(3, 2), *buffers()[1:], axis=0), "low is not a contiguous tensor of 3"),
+        (lambda: native.observe_range(torch.ones(3), *buffers()[1:3], torch.zeros(1)), "nonfinite is not"),
+        (lambda: native.clip_errors(*[torch.ones(2, 3)] * 5), "points of shape .* is not float64"),
+        (lambda: native.clip_errors(*DOUBLES[:4], DOUBLES[4][:, :2]), "high of shape"),
+        (lambda: native.clip_errors(*DOUBLES[:2], *[DOUBLES[2][:1]] * 3), "scale has 1 channels and points 2"),
+        (
+            lambda: native.fake_quantize_histogram(torch.ones(3), torch.ones(2), ONE[1], 0, 15, buffers()),
+            "2 values in scale for 1 channels",
+        ),
+        (lambda: native.fake_quantize_histogram(torch.ones(3), *ONE, 15, 0, buffers()), "is empty or too wide"),
+    ],
+)
+def test_what_does_not_fit_is_a_message(operators: None, call: Callable[[], object], message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        call()

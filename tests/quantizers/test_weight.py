@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -127,7 +128,9 @@ def test_normalized_output_is_that_of_the_folded_quantized_layer(scheme: Scheme)
     codes, encoding = quantizer.codes(original(conv))
     factor = quantizer.factor()
     assert factor is not None
-    assert torch.equal(factor, (bn.weight / torch.sqrt(bn.running_var + bn.eps)).detach())
+    # torch.sqrt of float32 may be off by one bit
+    root = np.sqrt((bn.running_var + bn.eps).numpy())
+    assert np.array_equal(factor.numpy(), bn.weight.detach().numpy() / root)
     bias = (conv.bias - bn.running_mean) * factor + bn.bias
     folded = nn.functional.conv2d(x, encoding.dequantize(codes), bias)
     assert torch.allclose(bn(conv(x)), folded, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,19 @@
+// The gradients of fake quantization on a learned grid.
+#pragma once
+
+#include "training.h"
+
+namespace qat {
+
+// Sums of the gradient, one double a channel.
+struct GridGradient {
+  double *scale, *zero_point;
+};
+
+// dx gets the gradient of x; `sums` those of scale and zero point. The sums are double, over parts of the tensor that only
+// its shape decides, added up in their order: they have the same bits for every number of threads.
+template <class T>
+void learned_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, const T* x, T* dx, Layout layout,
+                      const float* scale, const float* zero_point, Range range, const GridGradient& sums);
+
+}  // namespace qat

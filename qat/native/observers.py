@@ -1,0 +1,131 @@
+"""The native observers: a batch goes into the buffers of an observer in one pass over memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qat.native.operators import axis_of, fake_extrema, straight_through
+
+
+def observe_minmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the smallest and the largest finite values, and the count of the others.
+
+    Returns:
+        Minima and maxima, float32, () or (C,), inf and -inf where there is no finite value, 0.0 for either zero; and
+        the number of elements that are nan or infinite, int64, ().
+    """
+    low, high, nonfinite = torch.ops.qat.observe_minmax(x.detach(), axis_of(x, axis))
+    return low, high, nonfinite
+
+
+def observe_range(
+    x: Tensor, low: Tensor, high: Tensor, nonfinite: Tensor, axis: int | None = None, momentum: float | None = None
+) -> None:
+    """Widen a range by the finite values of `x`, or move it towards theirs, in place.
+
+    Args:
+        x: Any shape.
+        low: float32, one value or (C,), contiguous: the smallest so far; above `high` before the first.
+        high: The largest, likewise.
+        nonfinite: int64, one value: elements that were nan or infinite.
+        axis: Dimension of the channels; None for per-tensor.
+        momentum: Weight of this batch in a moving average, computed in float64; None to widen.
+    """
+    torch.ops.qat.observe_range(x.detach(), low, high, nonfinite, axis_of(x, axis), momentum)
+
+
+def observe_histogram(
+    x: Tensor,
+    counts: Tensor,
+    low: Tensor,
+    high: Tensor,
+    nonfinite: Tensor,
+    axis: int | None = None,
+    mantissa_bits: int = 7,
+) -> None:
+    """Count `x` by the upper bits of its float32 patterns, and widen its range, in place.
+
+    The bins are those of `qat.observers.binning`.
+
+    Args:
+        x: Any shape.
+        counts: int64, (B,) or (C, B) with B = 2**(9 + mantissa_bits); the bins of nan and inf are set to 0.
+        low: float32, one value or (C,): the smallest finite element so far.
+        high: The largest, likewise.
+        nonfinite: int64, one value: elements that were nan or infinite.
+        axis: Dimension of the channels; None for per-tensor.
+        mantissa_bits: 0 to 10.
+    """
+    torch.ops.qat.observe_histogram(x.detach(), counts, low, high, nonfinite, axis_of(x, axis), mantissa_bits)
+
+
+def fake_quantize_histogram(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    mantissa_bits: int = 7,
+) -> Tensor:
+    """Return `fake_quantize(x, ...)`, per-tensor, and in the same pass over memory count `x` as `observe_histogram`.
+
+    Args:
+        x: Any shape.
+        scale: As in `fake_quantize`.
+        zero_point: Likewise.
+        qmin: Likewise.
+        qmax: Likewise.
+        state: The buffers counts, low, high and nonfinite of `observe_histogram`.
+        mantissa_bits: 0 to 10.
+    """
+    operator = torch.ops.qat.fake_quantize_histogram_forward.default
+    return straight_through(operator, x, scale, zero_point, qmin, qmax, *state, mantissa_bits)
+
+
+def clip_errors(points: Tensor, jumps: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return the squared error of densities on grids, (C, K), float64; `qat.observers.clipping` has the formula.
+
+    Args:
+        points: Where the densities jump, (C, P), float64.
+        jumps: Elements per unit left of each point less those right of it, likewise.
+        scale: Of K grids for each density, (C, K), float64, positive.
+        low: Smallest codes less the zero point, likewise.
+        high: Largest codes less the zero point, likewise.
+    """
+    out: Tensor = torch.ops.qat.clip_errors(points, jumps, scale, low, high)
+    return out
+
+
+def register() -> None:
+    """Register fake kernels, once, after the library is loaded."""
+    torch.library.register_fake("qat::observe_minmax", fake_extrema)
+    torch.library.register_fake("qat::observe_range", _nothing)
+    torch.library.register_fake("qat::observe_histogram", _nothing)
+    torch.library.register_fake("qat::fake_quantize_histogram_forward", _fake_histogram)
+    torch.library.register_fake("qat::clip_errors", _fake_errors)
+
+
+def _nothing(*_: object) -> None:
+    return None
+
+
+def _fake_histogram(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    counts: Tensor,
+    low: Tensor,
+    high: Tensor,
+    nonfinite: Tensor,
+    mantissa_bits: int = 7,
+    with_mask: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(((x.numel() + 7) // 8 if with_mask else 0,), dtype=torch.uint8)
+
+
+def _fake_errors(points: Tensor, jumps: Tensor, scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.empty_like(scale)
