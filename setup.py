@@ -25,20 +25,19 @@ CSRC = Path("csrc")
 #: Symbols of torch 2.10 at most are used, and all later versions have them.
 STABLE_ABI = "0x020a000000000000"
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-g0", "-Wall", "-Wextra"]
-#: gcc 12 takes the undefined registers of its own header for a mistake.
-GCC_12 = ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-AVX512 = [*(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")), *GCC_12]
-#: Options of single source files of csrc/kernels: instruction sets, and warnings that mean nothing there.
-KERNEL_OPTIONS = {
-    "avx2": ["-mavx2"],
-    "avx512": AVX512,
-    "int8_avx2": ["-mavx2", "-mfma"],
-    "int8_avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
-    "int8_avx512vnni": [*AVX512, "-mavx512vnni", "-mavx512vbmi", "-mfma"],
-    "loops_avx2": ["-mavx2", "-mfma"],
-    "loops_avx512": [*AVX512, "-mprefer-vector-width=512"],
-    "lookup_vbmi": [*AVX512, "-mavx512vbmi"],
-}
+#: What `platform.machine()` calls the architectures of csrc/kernel_options.txt elsewhere.
+MACHINES = {"AMD64": "x86_64", "arm64": "aarch64", "ARM64": "aarch64"}
+
+
+def kernel_options(machine: str) -> dict[str, list[str]]:
+    """Return the options of single source files of csrc/kernels, by file name without suffix, for a machine."""
+    lines = (Path(__file__).parent / CSRC / "kernel_options.txt").read_text(encoding="ascii").splitlines()
+    entries = [line.split("|") for line in lines if line and not line.startswith("#")]
+    architecture = MACHINES.get(machine, machine)
+    return {stem: options.split() for name, stem, options in entries if name == architecture}
+
+
+KERNEL_OPTIONS = kernel_options(platform.machine())
 
 
 class NativeBuild(build_ext):
@@ -71,7 +70,7 @@ class NativeBuild(build_ext):
             if path.parent.name == "torch":
                 include = cpp_extension.include_paths()
                 options.append(f"-DTORCH_TARGET_VERSION={STABLE_ABI}")
-            elif platform.machine() in {"x86_64", "AMD64"}:
+            else:
                 options += KERNEL_OPTIONS.get(path.stem, [])
             made = self.compiler.object_filenames([source], output_dir=folder)
             stamps = [Path(name).stat().st_mtime for name in made if Path(name).exists()]

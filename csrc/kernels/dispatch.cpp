@@ -29,6 +29,7 @@ const Kernels* find_kernels(const char* isa) {
   const Kernels* const runnable[] = {
       runs_avx512() ? avx512_kernels() : nullptr,
       runs_avx2() ? avx2_kernels() : nullptr,
+      neon_kernels(),  // every aarch64 has it
       portable_kernels(),
   };
   for (const Kernels* kernels : runnable) {

@@ -97,8 +97,9 @@ struct Kernels {
 const Kernels* portable_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+const Kernels* neon_kernels();
 
-// The table of an instruction set by its name ("portable", "avx2", "avx512"), null where the name is unknown or this
+// The table of an instruction set by its name ("portable", "avx2", "avx512", "neon"), null where the name is unknown or this
 // processor or its operating system lacks it. An empty name is the best one.
 const Kernels* find_kernels(const char* isa);
 

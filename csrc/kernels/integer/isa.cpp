@@ -3,6 +3,7 @@
 
 #include <cstring>
 
+#include "arm_features.h"
 #include "conv.h"
 
 namespace qat {
@@ -33,6 +34,13 @@ const Int8Kernels* find_int8_kernels(const char* isa) {
       runs_avx512vnni() ? int8_avx512vnni() : nullptr,
       runs_avxvnni() ? int8_avxvnni() : nullptr,
       runs_avx2() ? int8_avx2() : nullptr,
+      int8_portable(),
+  };
+#elif defined(__aarch64__)
+  const Int8Kernels* const runnable[] = {
+      runs_i8mm() ? int8_i8mm() : nullptr,
+      runs_neondot() ? int8_neondot() : nullptr,
+      int8_neon(),
       int8_portable(),
   };
 #else

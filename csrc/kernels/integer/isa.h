@@ -6,7 +6,8 @@
 // All of them share the packed formats, whose unit is a group of four bytes of one output channel, for instructions that
 // add the products of four pairs of bytes to a 32-bit lane (vpdpbusd, sdot):
 //   panel of a matrix      [tap][depth / 4][column of the panel][4], at most 4 x 16 columns, padded with zeros; where the
-//                          kernels multiply words (see `widen`), [tap][depth / 2][column of the panel][2]
+//                          kernels multiply words (see `widen`), [tap][depth / 2][column of the panel][2], and where they
+//                          multiply matrices (see `byte_group`), [tap][depth / 8][column of the panel][8]
 //   block of a depthwise   [taps / 4][4 vectors][lane][4], 4 x width channels; lane l of vector q is channel
 //                          l / 4 * 16 + q * 4 + l % 4, the order in which unpacking bytes and words interleaves four rows;
 //                          of a kernel of 3 x 3 four taps are a column and one with the weight zero
@@ -45,7 +46,7 @@ struct ByteEpilogue {
 };
 
 // Some rows times one panel. Row r, tap t is read at left[t * left_stride + r] + left_offset, `depth` groups of four bytes,
-// be it four codes or two words.
+// be it four codes or two words, or of `byte_group`.
 struct GemmBlock {
   const uint8_t* const* left;
   int64_t left_stride;
@@ -119,10 +120,13 @@ struct Int8Kernels {
   int64_t (*peak)(int64_t steps);
   // Null, or the matrix kernels multiply words: they read activations that this has made of bytes, to[i] = from[i] ^ flip
   // without a sign, and get no flip of their own. It may read up to 15 bytes too many, and write as many words.
-  void (*widen)(const uint8_t* from, uint8_t flip, int64_t count, int16_t* to);
+  void (*widen)(const uint8_t* from, uint8_t flip, int64_t count, int16_t* to) = nullptr;
 
-  // Products that a 32-bit lane adds at once, and bytes of an activation in the matrix kernels.
-  int32_t group() const { return widen == nullptr ? 4 : 2; }
+  // What one column has side by side in a panel, for the kernels that multiply bytes: 4, or 8 for a product of matrices.
+  int32_t byte_group = 4;
+
+  // Inputs of a column side by side in a panel, and bytes of an activation in the matrix kernels.
+  int32_t group() const { return widen == nullptr ? byte_group : 2; }
   int32_t left_bytes() const { return widen == nullptr ? 1 : 2; }
 };
 
@@ -130,6 +134,9 @@ struct Int8Kernels {
 const Int8Kernels* int8_avx512vnni();
 const Int8Kernels* int8_avxvnni();
 const Int8Kernels* int8_avx2();
+const Int8Kernels* int8_i8mm();
+const Int8Kernels* int8_neondot();
+const Int8Kernels* int8_neon();
 const Int8Kernels* int8_portable();
 
 // "" is the best; null where it is unknown or cannot run. "avx512" stands for the best below or with 512 bits.

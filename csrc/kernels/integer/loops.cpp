@@ -29,6 +29,8 @@ const Loops& find_loops(const char* isa) {
   static const Loops wide = runs_vbmi() ? with_vbmi(loops_avx512()) : loops_avx512();
   if (avx512 && (*isa == '\0' || std::strncmp(isa, "avx512", 6) == 0)) return wide;
   if (avx2 && (*isa == '\0' || std::strncmp(isa, "avx", 3) == 0)) return loops_avx2();
+#elif defined(__aarch64__)
+  if (std::strcmp(isa, "portable") != 0) return loops_neon();
 #else
   static_cast<void>(isa);
 #endif

@@ -60,6 +60,7 @@ struct Loops {
 const Loops& loops_portable();
 const Loops& loops_avx2();
 const Loops& loops_avx512();
+const Loops& loops_neon();
 // With vpermi2b.
 void lookup_vbmi(const uint8_t* table, const uint8_t* x, int64_t n, uint8_t* y);
 

@@ -56,45 +56,62 @@ struct Epilogue8 {
   bool residual_first, residual_signed;
 };
 
-template <class V, int Rows, int Units>
-void tile(const GemmBlock& g, const Epilogue8<V>* epilogue, int32_t first) {
-  using Int = typename V::Int;
-  constexpr int vectors = Units * unit_columns / V::width;
-  Int acc[Rows][vectors];
+// The biases that the accumulators of a tile start with.
+template <class V, int Rows, int Vectors>
+inline __attribute__((always_inline)) void add_biases(const GemmBlock& g, int32_t first,
+                                                      typename V::Int (&acc)[Rows][Vectors]) {
 #pragma GCC unroll 16
-  for (int v = 0; v < vectors; ++v) {
-    const Int bias = V::load(g.bias + v * V::width);
+  for (int v = 0; v < Vectors; ++v) {
+    const typename V::Int bias = V::load(g.bias + v * V::width);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) acc[r][v] = bias;
   }
   if (g.row_bias != nullptr) {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
-      const Int bias = V::set(g.row_bias[first + r]);
+      const typename V::Int bias = V::set(g.row_bias[first + r]);
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) acc[r][v] = V::add(acc[r][v], bias);
+      for (int v = 0; v < Vectors; ++v) acc[r][v] = V::add(acc[r][v], bias);
     }
   }
-  const typename V::Flip flip = V::flip(g.left_flip);
-  for (int32_t t = 0; t < g.taps; ++t) {
-    const uint8_t* left[Rows];
+}
+
+// Groups of bytes by dot products, a register an activation.
+struct Dots {
+  template <class V, int Units, int Rows, int Vectors>
+  static inline __attribute__((always_inline)) void accumulate(const GemmBlock& g, int32_t first,
+                                                               typename V::Int (&acc)[Rows][Vectors]) {
+    add_biases<V>(g, first, acc);
+    const typename V::Flip flip = V::flip(g.left_flip);
+    for (int32_t t = 0; t < g.taps; ++t) {
+      const uint8_t* left[Rows];
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r) left[r] = g.left[t * g.left_stride + first + r] + g.left_offset;
-    const int8_t* right = g.right + g.right_taps[t] * g.right_tap_bytes;
-    const int64_t end = int64_t{4} * g.depth;
-    for (int64_t k = 0; k < end; k += 4) {
-      typename V::Right b[vectors];
+      for (int r = 0; r < Rows; ++r) left[r] = g.left[t * g.left_stride + first + r] + g.left_offset;
+      const int8_t* right = g.right + g.right_taps[t] * g.right_tap_bytes;
+      const int64_t end = int64_t{4} * g.depth;
+      for (int64_t k = 0; k < end; k += 4) {
+        typename V::Right b[Vectors];
 #pragma GCC unroll 16
-      for (int v = 0; v < vectors; ++v) b[v] = V::right(right + v * V::width * V::group);
-      right += Units * unit_columns * V::group;
+        for (int v = 0; v < Vectors; ++v) b[v] = V::right(right + v * V::width * V::group);
+        right += Units * unit_columns * V::group;
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        const typename V::Left a = V::left(left[r] + k, flip);
+        for (int r = 0; r < Rows; ++r) {
+          const typename V::Left a = V::left(left[r] + k, flip);
 #pragma GCC unroll 16
-        for (int v = 0; v < vectors; ++v) acc[r][v] = V::dot(acc[r][v], a, b[v]);
+          for (int v = 0; v < Vectors; ++v) acc[r][v] = V::dot(acc[r][v], a, b[v]);
+        }
       }
     }
   }
+};
+
+// Accumulates in the way of Sums, then makes the codes.
+template <class V, class Sums, int Rows, int Units>
+void tile(const GemmBlock& g, const Epilogue8<V>* epilogue, int32_t first) {
+  using Int = typename V::Int;
+  constexpr int vectors = Units * unit_columns / V::width;
+  Int acc[Rows][vectors];
+  Sums::template accumulate<V, Units>(g, first, acc);
   if (g.raw != nullptr) {
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r) {
@@ -127,20 +144,20 @@ void tile(const GemmBlock& g, const Epilogue8<V>* epilogue, int32_t first) {
 }
 
 // A tile of as many rows as there are registers, then smaller ones for what is left.
-template <class V, int Units>
+template <class V, int Units, class Sums = Dots>
 void gemm_units(const GemmBlock& g) {
   constexpr int rows = V::template rows<Units>;
   const ByteEpilogue none{};
   const Epilogue8<V> epilogue(g.epilogue == nullptr ? none : *g.epilogue);
   int32_t r = 0;
-  for (; r + rows <= g.rows; r += rows) tile<V, rows, Units>(g, &epilogue, r);
+  for (; r + rows <= g.rows; r += rows) tile<V, Sums, rows, Units>(g, &epilogue, r);
   if constexpr (rows > 4) {
-    for (; r + 4 <= g.rows; r += 4) tile<V, 4, Units>(g, &epilogue, r);
+    for (; r + 4 <= g.rows; r += 4) tile<V, Sums, 4, Units>(g, &epilogue, r);
   }
   if constexpr (rows > 2) {
-    for (; r + 2 <= g.rows; r += 2) tile<V, 2, Units>(g, &epilogue, r);
+    for (; r + 2 <= g.rows; r += 2) tile<V, Sums, 2, Units>(g, &epilogue, r);
   }
-  for (; r < g.rows; ++r) tile<V, 1, Units>(g, &epilogue, r);
+  for (; r < g.rows; ++r) tile<V, Sums, 1, Units>(g, &epilogue, r);
 }
 
 }  // namespace

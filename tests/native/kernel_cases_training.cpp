@@ -1,0 +1,109 @@
+// The kernels of training, on runs of any length.
+#include "kernel_cases.h"
+#include "kernels.h"
+
+namespace cases {
+namespace {
+
+using namespace qat;
+
+float value(Random& random, float) {
+  const uint32_t special[] = {0x7f800000, 0xff800000, 0x7fc00000, 0x80000000, 0};
+  if (random.once(30)) {
+    float v;
+    std::memcpy(&v, &special[random.in(0, 4)], sizeof v);
+    return v;
+  }
+  return random.once(2) ? random.real(-70000, 70000, 0x1p-12f) : random.real(-300, 300, 0.125f);
+}
+
+uint16_t value(Random& random, uint16_t) { return static_cast<uint16_t>(random.in(0, 65535)); }
+
+template <class T>
+std::vector<T> values(Random& random, size_t n) {
+  std::vector<T> made(n);
+  for (T& v : made) v = value(random, T{});
+  return made;
+}
+
+template <class T>
+void run_case(const TypedKernels<T>& kernels, const char* name, int number) {
+  Random random(static_cast<uint64_t>(number) * 2 + sizeof(T) + 3000000);
+  const auto n = static_cast<size_t>(random.in(1, 70));
+  const auto count = static_cast<int64_t>(n);
+  const std::vector<T> x = values<T>(random, n), grad = values<T>(random, n);
+  const float scale = random.real(1, 4000, 0x1p-10f), zero = random.real(0, 255, 1.0f);
+  const Range range{0.0f, random.once(4) ? zero : 255.0f};
+  std::vector<float> scales(n), zeros(n), ds(n), dz(n), real(n), low(n, 1.0f), high(n, -1.0f);
+  for (size_t i = 0; i < n; ++i) {
+    scales[i] = random.real(1, 4000, 0x1p-10f);
+    zeros[i] = random.real(0, 255, 1.0f);
+  }
+  std::vector<T> y(n), dx(n);
+  std::vector<uint8_t> bits((n + 7) / 8);
+  Hash hash;
+  kernels.quantize_run(x.data(), y.data(), bits.data(), count, scale, zero, range);
+  hash.add(y), hash.add(bits);
+  kernels.quantize_each(x.data(), y.data(), bits.data(), count, scales.data(), zeros.data(), range);
+  hash.add(y), hash.add(bits);
+  kernels.mask_run(grad.data(), bits.data(), dx.data(), count);
+  hash.add(dx);
+  Extrema extrema{3e38f, -3e38f, 0};
+  kernels.extrema_run(x.data(), count, &extrema);
+  // an extremum of zero may have either sign
+  extrema.low += 0.0f, extrema.high += 0.0f;
+  hash.add(&extrema, sizeof extrema);
+  int64_t nonfinite = 0;
+  kernels.extrema_each(x.data(), count, low.data(), high.data(), &nonfinite);
+  for (size_t i = 0; i < n; ++i) low[i] += 0.0f, high[i] += 0.0f;
+  hash.add(low), hash.add(high), hash.add(&nonfinite, sizeof nonfinite);
+  std::vector<uint32_t> bins(n + 16);
+  bins.resize(static_cast<size_t>(kernels.bins_run(x.data(), count, 16, bins.data(), &extrema)));
+  hash.add(bins);
+  // whether a nan that an operation makes has a sign depends on the processor
+  const auto add_numbers = [&](std::vector<float>& numbers) {
+    for (float& v : numbers) v = v == v ? v : 0.0f;
+    hash.add(numbers);
+  };
+  kernels.multiply_each(x.data(), scales.data(), real.data(), count);
+  add_numbers(real);
+  kernels.divide_each(real.data(), scales.data(), y.data(), count);
+  hash.add(y);
+  kernels.learned_run(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scale, zero, range);
+  hash.add(dx), add_numbers(ds), add_numbers(dz);
+  kernels.learned_each(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scales.data(), zeros.data(), range);
+  hash.add(dx), add_numbers(ds), add_numbers(dz);
+  hash.print(name, number);
+}
+
+void run_sums(const Kernels& kernels, int number) {
+  Random random(static_cast<uint64_t>(number) + 4000000);
+  const auto n = static_cast<size_t>(random.in(1, 70));
+  const auto count = static_cast<int64_t>(n);
+  std::vector<float> x(n);
+  std::vector<double> sums(n, 0.25), points(n), jumps(n);
+  for (size_t i = 0; i < n; ++i) {
+    x[i] = random.real(-70000, 70000, 0.001f);
+    points[i] = static_cast<double>(random.real(-70000, 70000, 0.0001f));
+    jumps[i] = static_cast<double>(random.real(-70000, 70000, 0.0001f));
+  }
+  Hash hash;
+  const double sum = kernels.sum_run(x.data(), count);
+  kernels.sum_each(x.data(), count, sums.data());
+  const double error = kernels.clip_error(points.data(), jumps.data(), count, 0.037, -100.0, 155.0);
+  hash.add(&sum, sizeof sum), hash.add(sums), hash.add(&error, sizeof error);
+  hash.print("sums", number);
+}
+
+}  // namespace
+
+void run_training(const char* isa, int count) {
+  const Kernels& kernels = *find_kernels(isa);
+  for (int i = 0; i < count; ++i) {
+    run_case(kernels.f32, "training_f32", i);
+    run_case(kernels.bf16, "training_bf16", i);
+    run_sums(kernels, i);
+  }
+}
+
+}  // namespace cases
