@@ -26,16 +26,20 @@ class Status:
         reason: Why, in one line.
         isa: Instruction set of the kernels: "avx512", "avx2" or "portable"; empty when not active.
         path: The library's file, where there is one.
+        cuda: The library has the kernels of the GPU too; they need a CUDA build of torch and nvcc at installation.
     """
 
     active: bool
     reason: str
     isa: str = ""
     path: Path | None = None
+    cuda: bool = False
 
     def __str__(self) -> str:
         """One line for `qat env`."""
-        return f"{self.isa} ({self.path})" if self.active else f"not used: {self.reason}"
+        if not self.active:
+            return f"not used: {self.reason}"
+        return f"{self.isa}, {'with' if self.cuda else 'without'} CUDA ({self.path})"
 
 
 @functools.cache
@@ -71,4 +75,6 @@ def load(path: Path) -> Status:
     from qat.native.operators import register
 
     register()
-    return Status(True, f"built, and this processor runs {isa}", isa, path)
+    return Status(
+        True, f"built, and this processor runs {isa}", isa, path, cuda=bool(hasattr(torch.ops.qat, "int8_gemm"))
+    )

@@ -84,6 +84,9 @@ def register() -> None:
     torch.library.register_fake("qat::fake_quantize_backward", _fake_backward)
     torch.library.register_fake("qat::observe_minmax", _fake_extrema)
     torch.library.register_fake("qat::observe_histogram", _fake_histogram)
+    if hasattr(torch.ops.qat, "int8_gemm"):  # schemas of a build with CUDA
+        torch.library.register_fake("qat::int8_gemm", _fake_gemm)
+        torch.library.register_fake("qat::int8_conv2d", _fake_conv2d)
     for name in ("qat::fake_quantize_forward", "qat::fake_quantize_observe_forward"):
         torch.library.register_autograd(name, _forward_gradient, setup_context=_keep_mask)
     torch.library.register_autograd("qat::fake_quantize_backward", _mask_gradient, setup_context=_keep_given_mask)
@@ -118,6 +121,45 @@ def _fake_extrema(x: Tensor, axis: int = -1) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_histogram(x: Tensor, counts: Tensor, low: Tensor, high: Tensor, nonfinite: Tensor) -> None:
     return None
+
+
+def _fake_gemm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor,
+    x_zero_point: int,
+    y_zero_point: int,
+    qmin: int,
+    qmax: int,
+    y_signed: bool = False,
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.int8 if y_signed else torch.uint8)
+
+
+def _fake_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    multiplier: Tensor,
+    x_zero_point: int,
+    y_zero_point: int,
+    qmin: int,
+    qmax: int,
+    y_signed: bool = False,
+    stride: tuple[int, ...] = (1, 1),
+    padding: tuple[int, ...] = (0, 0, 0, 0),
+    dilation: tuple[int, ...] = (1, 1),
+    *_: Any,
+    **__: Any,
+) -> Tensor:
+    out = [
+        (x.shape[1 + d] + padding[d] + padding[2 + d] - dilation[d] * (weight.shape[1 + d] - 1) - 1) // stride[d] + 1
+        for d in range(2)
+    ]
+    return x.new_empty((x.shape[0], *out, weight.shape[0]), dtype=torch.int8 if y_signed else torch.uint8)
 
 
 def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -41,8 +41,8 @@ def fake_quantize(
     (also for nan). `scale`, `zero_point` and `factor` get no gradient. Only the mask (one byte an element, or
     one bit in the native extension) is kept for the backward pass.
 
-    On the CPU the native extension, where it is there, computes the same bits in one pass over memory. Compiled
-    code keeps to PyTorch's operations, which the compiler fuses with their neighbours.
+    The native extension, where it is there and has kernels for the device of `x`, computes the same bits in one
+    pass over memory. Compiled code keeps to PyTorch's operations, which the compiler fuses with their neighbours.
 
     Args:
         x: Floating-point tensor of any shape.
@@ -84,7 +84,8 @@ def _is_for_native(x: Tensor, scale: Tensor, zero_point: Tensor, granularity: Gr
         count = x.shape[granularity.axis]
     return (
         scale.numel() == count == zero_point.numel()
-        and x.device.type == scale.device.type == zero_point.device.type == "cpu"
+        and x.device == scale.device == zero_point.device
+        and (x.device.type == "cpu" or (x.device.type == "cuda" and native.status().cuda))
         and native.status().active
     )
 
