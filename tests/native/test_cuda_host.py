@@ -94,9 +94,7 @@ def test_gradients_of_a_learned_grid_are_autograds(host: ctypes.CDLL) -> None:
     ((rounded + zero).clamp(-8, 7) - zero).mul(scale).backward(grad)
     sums = torch.zeros(2, dtype=torch.float64)
     numbers = [ctypes.c_float(v) for v in (float(scale.detach()), 2.0, -8.0, 7.0)]
-    host.learned(
-        pointer(x), pointer(grad), ctypes.c_int64(4000), *numbers, pointer(sums[:1]), pointer(sums[1:])
-    )
+    host.learned(pointer(x), pointer(grad), ctypes.c_int64(4000), *numbers, pointer(sums[:1]), pointer(sums[1:]))
     torch.testing.assert_close(sums[0].float(), scale.grad, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(sums[1].float(), zero.grad, rtol=1e-4, atol=1e-3)
 
@@ -162,7 +160,20 @@ def test_convolution_is_the_integer_reference(
     x_rows, w_rows, residual_rows = nhwc(x), w.permute(0, 2, 3, 1).contiguous().to(torch.int8), nhwc(residual)
     out_h, out_w = wanted.shape[2:]
     shape = torch.tensor(
-        [2, 9, 7, out_h, out_w, channels // groups, outputs // groups, groups, *kernel, *stride, *padding[:2], *dilation],
+        [
+            2,
+            9,
+            7,
+            out_h,
+            out_w,
+            channels // groups,
+            outputs // groups,
+            groups,
+            *kernel,
+            *stride,
+            *padding[:2],
+            *dilation,
+        ],
         dtype=torch.int32,
     )
     grid = torch.tensor([90, 0, 255, 0, int(add), 0, 1, 0, 255], dtype=torch.int32)
