@@ -11,6 +11,8 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +27,9 @@ CSRC = Path("csrc")
 #: Symbols of torch 2.10 at most are used, and all later versions have them.
 STABLE_ABI = "0x020a000000000000"
 COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-g0", "-Wall", "-Wextra"]
+#: Contraction would change results; the last architecture's PTX serves what comes after it.
+NVCC = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
+CUDA_ARCHITECTURES = ["80", "90"]
 #: What `platform.machine()` calls the architectures of csrc/kernel_options.txt elsewhere.
 MACHINES = {"AMD64": "x86_64", "arm64": "aarch64", "ARM64": "aarch64"}
 
@@ -87,15 +92,68 @@ class NativeBuild(build_ext):
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [name for made in pool.map(compile_one, ext.sources) for name in made]
+        cuda = self._cuda_objects(folder, flags)
         self.compiler.link_shared_object(
-            objects,
+            [*objects, *cuda],
             self.get_ext_fullpath(ext.name),
-            libraries=["torch", "torch_cpu"],
-            library_dirs=cpp_extension.library_paths(),
-            extra_postargs=shlex.split(os.environ.get("QAT_NATIVE_LDFLAGS", "")),
+            libraries=["torch", "torch_cpu", *(["cudart_static", "rt", "dl", "pthread"] if cuda else [])],
+            library_dirs=[*cpp_extension.library_paths(), *([str(nvcc_home() / "lib64")] if cuda else [])],
+            extra_postargs=[
+                # the current stream is in it, behind a weak symbol that the linker would not count as a use
+                *(["-Wl,--no-as-needed", "-ltorch_cuda", "-Wl,--as-needed"] if cuda else []),
+                *shlex.split(os.environ.get("QAT_NATIVE_LDFLAGS", "")),
+            ],
             build_temp=self.build_temp,
             target_lang="c++",
         )
+
+    def _cuda_objects(self, folder: str, flags: list[str]) -> list[str]:
+        """Compile the GPU's kernels and their registration; what is missing for them is a line, and no object."""
+        import torch
+        from torch.utils import cpp_extension
+
+        reason = None
+        if torch.version.cuda is None:
+            reason = "torch was built without CUDA"
+        elif find_nvcc() is None:
+            reason = f"there is no nvcc on PATH or in CUDA_HOME, and torch was built for CUDA {torch.version.cuda}"
+        if reason is not None:
+            sys.stderr.write(f"qat's CUDA kernels are left out: {reason}\n")
+            return []
+        include = [*cpp_extension.include_paths(), str(nvcc_home() / "include")]
+        registration = self.compiler.compile(
+            sorted(map(str, CSRC.glob("torch/cuda*.cpp"))),
+            output_dir=folder,
+            extra_preargs=[word for path in include for word in ("-isystem", path)],
+            extra_postargs=[*COMMON, *flags, f"-DTORCH_TARGET_VERSION={STABLE_ABI}"],
+        )
+        made = []
+        for source in sorted(CSRC.glob("cuda/*.cu")):
+            target = Path(folder) / source.with_suffix(".cu.o")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            subprocess.run([str(find_nvcc()), *NVCC, *gencode(), "-c", str(source), "-o", str(target)], check=True)
+            made.append(str(target))
+        return [*registration, *made]
+
+
+def find_nvcc() -> str | None:
+    """Return the CUDA compiler of CUDA_HOME, or else of PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+
+
+def nvcc_home() -> Path:
+    """Return the toolkit's directory; wrappers in PATH lie elsewhere, so nvcc itself is asked."""
+    told = subprocess.run([str(find_nvcc()), "--dryrun", "-c", "x.cu"], capture_output=True, text=True, check=False)
+    tops = [line.split("=", 1)[1] for line in told.stderr.splitlines() if line.startswith("#$ TOP=")]
+    return Path(tops[0]).resolve() if tops else Path(str(find_nvcc())).resolve().parent.parent
+
+
+def gencode() -> list[str]:
+    """Return nvcc's options for the machine code of each architecture and the PTX of the last."""
+    codes = [f"arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    codes.append(f"arch=compute_{CUDA_ARCHITECTURES[-1]},code=compute_{CUDA_ARCHITECTURES[-1]}")
+    return [f"-gencode={code}" for code in codes]
 
 
 def native() -> dict[str, Any]:
@@ -105,7 +163,11 @@ def native() -> dict[str, Any]:
     extension = Extension(
         "qat.native._C",
         sources=sorted(
-            str(path) for folder in ("kernels", "runtime", "torch") for path in CSRC.glob(f"{folder}/**/*.cpp")
+            str(path)
+            for folder in ("kernels", "runtime", "torch")
+            for path in CSRC.glob(f"{folder}/**/*.cpp")
+            # see `_cuda_objects`
+            if not path.stem.startswith("cuda")
         ),
         depends=sorted(map(str, CSRC.glob("**/*.h"))),
         language="c++",

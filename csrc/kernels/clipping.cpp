@@ -101,7 +101,7 @@ class Search {
   }
 
   double error(double low, double high) const {
-    const Grid grid = grid_of(low, high, task_.rule);
+    const CodeGrid grid = grid_of(low, high, task_.rule);
     return kernels_.clip_error(points_.data(), jumps_.data(), static_cast<int64_t>(points_.size()), grid.scale,
                                static_cast<double>(task_.rule.qmin - grid.zero_point),
                                static_cast<double>(task_.rule.qmax - grid.zero_point)) +

@@ -17,7 +17,7 @@ void channel_moments(const Kernels& kernels, ParallelFor parallel, const float* 
 struct NormPass {
   const float *factor, *shift;
   Range bounds;
-  const Grid* grid;
+  const CodeGrid* grid;
   Range codes;
 };
 

@@ -80,7 +80,7 @@ Ranges folded_range(const Kernels& kernels, ParallelFor parallel, const T* w, La
 void set_grids(const float* low, const float* high, int64_t channels, const GridRule& rule, float* scale,
                float* zero_point) {
   for (int64_t c = 0; c < channels; ++c) {
-    const Grid grid = grid_of(low[c], high[c], rule);
+    const CodeGrid grid = grid_of(low[c], high[c], rule);
     scale[c] = grid.scale;
     zero_point[c] = static_cast<float>(grid.zero_point);
   }
@@ -88,7 +88,7 @@ void set_grids(const float* low, const float* high, int64_t channels, const Grid
 
 }  // namespace
 
-Grid grid_of(double low_bound, double high_bound, const GridRule& rule) {
+CodeGrid grid_of(double low_bound, double high_bound, const GridRule& rule) {
   const double low = clamp(low_bound, -range_limit, 0.0), high = clamp(high_bound, 0.0, range_limit);
   double scale;
   if (rule.symmetric) {
@@ -164,7 +164,7 @@ void track_range(const float* low, const float* high, int64_t channels, float mo
       max = unknown ? high[c] : max + momentum * (high[c] - max);
     }
     if (!(min <= max)) continue;
-    const Grid grid = grid_of(min, max, rule);
+    const CodeGrid grid = grid_of(min, max, rule);
     tracked.scale[c] = grid.scale;
     tracked.zero_point[c] = grid.zero_point;
   }

@@ -13,13 +13,13 @@ struct GridRule {
   bool power_of_two;
 };
 
-struct Grid {
+struct CodeGrid {
   float scale;
   int32_t zero_point;
 };
 
 // A range with nan gives a scale of nan.
-Grid grid_of(double low, double high, const GridRule& rule);
+CodeGrid grid_of(double low, double high, const GridRule& rule);
 
 // Smallest and largest values by channel, infinities included, nan where there is one.
 template <class T>

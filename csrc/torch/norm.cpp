@@ -58,7 +58,7 @@ struct Quantizer {
     *samples += rows;
   }
 
-  qat::Grid grid() const { return {*state.scale, *state.zero_point}; }
+  qat::CodeGrid grid() const { return {*state.scale, *state.zero_point}; }
 
   bool quantizes, tracks;
   float momentum;
@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize_forward(
     const qat::Range range = range_after(lows, highs, factor, shift, bounds);
     quantizer.follow(nonfinite > 0 ? NAN : range.low, range.high, x.size(0));
   }
-  qat::Grid grid{};
+  qat::CodeGrid grid{};
   if (quantizer.quantizes) grid = quantizer.grid();
   qat::norm_quantize(kernels(), parallel, data, y.mutable_data_ptr<float>(),
                      with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr, layout,
@@ -248,7 +248,7 @@ std::tuple<Tensor, Tensor> add_quantize_forward(Tensor x, Tensor other, double l
     const qat::Range range = range_after({*found.low}, {*found.high}, {1.0f}, {0.0f}, bounds);
     quantizer.follow(*found.nonfinite > 0 ? NAN : range.low, range.high, x.dim() > 0 ? x.size(0) : 1);
   }
-  qat::Grid grid{};
+  qat::CodeGrid grid{};
   if (quantizer.quantizes) grid = quantizer.grid();
   const float one = 1.0f, zero = 0.0f;
   qat::norm_quantize(kernels(), parallel, out, out, with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr, {1, 1, n},

@@ -26,16 +26,20 @@ class Status:
         reason: Why, in one line.
         isa: Instruction set of the kernels: "avx512", "avx2" or "portable"; empty when not active.
         path: The library's file, where there is one.
+        cuda: The library has the kernels of the GPU too; they need a CUDA build of torch and nvcc at installation.
     """
 
     active: bool
     reason: str
     isa: str = ""
     path: Path | None = None
+    cuda: bool = False
 
     def __str__(self) -> str:
         """One line for `qat env`."""
-        return f"{self.isa} ({self.path})" if self.active else f"not used: {self.reason}"
+        if not self.active:
+            return f"not used: {self.reason}"
+        return f"{self.isa}, {'with' if self.cuda else 'without'} CUDA ({self.path})"
 
 
 @functools.cache
@@ -68,8 +72,9 @@ def load(path: Path) -> Status:
     # dlopen, the stable ABI and torch.library all have errors of their own
     except Exception as error:  # noqa: BLE001
         return Status(False, f"{path.name} does not load: {' '.join(str(error).split())[:200]}", path=path)
-    from qat.native import learned, norm, observers, operators, ranges
+    from qat.native import int8, learned, norm, observers, operators, ranges
 
-    for part in (operators, observers, ranges, learned, norm):
+    for part in (operators, observers, ranges, learned, norm, int8):
         part.register()
-    return Status(True, f"built, and this processor runs {isa}", isa, path)
+    cuda = hasattr(torch.ops.qat, "int8_gemm")
+    return Status(True, f"built, and this processor runs {isa}", isa, path, cuda=cuda)
