@@ -14,7 +14,8 @@ from qat.quantizers import FakeQuantize
 from qat.quantizers.fused import activation_bounds, add_fake_quantize, has_norm_pass, norm_fake_quantize
 
 _FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
-_ADDITIONS = frozenset({operator.add, operator.iadd, torch.add})
+_ADDITIONS = frozenset({operator.add, torch.add, "add"})
+_ADDITIONS_IN_PLACE = frozenset({operator.iadd, "add_"})
 
 
 def fuse(graph: fx.Graph, root: nn.Module) -> fx.Graph:
@@ -86,8 +87,12 @@ def _operands(node: fx.Node, root: nn.Module) -> tuple[Callable[..., Any], tuple
     """Return the fused function of a chain's head, and what it reads: nodes, and paths of modules."""
     if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and has_norm_pass(_module(root, node)):
         return norm_fake_quantize, (node.args[0], str(node.target))
-    is_sum = node.op == "call_function" and node.target in _ADDITIONS
-    is_sum = is_sum or (node.op == "call_method" and node.target in ("add", "add_"))
-    if is_sum and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args):
-        return add_fake_quantize, tuple(node.args)
+    if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
+        return None
+    x, other = node.args
+    if not isinstance(x, fx.Node) or not isinstance(other, fx.Node):
+        return None
+    # who reads the first operand after it was added to in place reads the sum
+    if node.target in _ADDITIONS or (node.target in _ADDITIONS_IN_PLACE and len(x.users) == 1):
+        return add_fake_quantize, (x, other)
     return None

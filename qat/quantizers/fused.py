@@ -115,6 +115,8 @@ def _has_native_norm(x: Tensor, norm: nn.Module) -> bool:
 
 
 def _is_hooked(*parts: Activation) -> bool:
+    if torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return True
     return any(isinstance(part, nn.Module) and any(getattr(part, hooks) for hooks in _HOOKS) for part in parts)
 
 

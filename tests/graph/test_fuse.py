@@ -91,6 +91,23 @@ def test_a_value_with_two_readers_is_not_fused_away() -> None:
     assert torch.equal(first, F.relu(second))
 
 
+def test_a_sum_in_place_that_is_read_again_is_not_fused_away() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            z = y.add_(x)
+            return torch.cat([z, y], 1)
+
+    qmodel = qat.prepare(InPlace(), images(), target=qat.load_target("arm-cpu")).eval()
+    plain = qat.prepare(InPlace(), images(), target=qat.load_target("arm-cpu"), fused=False).eval()
+    plain.load_state_dict(qmodel.state_dict())
+    assert torch.equal(qmodel(images()), plain(images()))
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 def test_training_is_that_of_the_single_modules(channels_last: bool, frozen: bool) -> None:
@@ -139,13 +156,19 @@ def test_copies_are_fused_and_apart() -> None:
 
 def test_hooks_of_a_batch_norm_are_called() -> None:
     qmodel = prepared()
-    seen: list[torch.Size] = []
+    seen: list[object] = []
     handle = qmodel.norm.register_forward_hook(lambda _, args, out: seen.append(out.shape))  # type: ignore[union-attr]
     qmodel(images())
     assert seen == [torch.Size((6, 12, 7, 7))]
     handle.remove()
     qmodel(images())
     assert len(seen) == 1
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        qmodel(images())
+    finally:
+        handle.remove()
+    assert seen.count(nn.BatchNorm2d) == 3
 
 
 def test_calibration_of_both_forms_gives_the_same_ranges() -> None:
