@@ -15,7 +15,8 @@ struct Compaction {
   constexpr Compaction() : bytes{} {
     for (int mask = 0; mask < 16; ++mask) {
       for (int lane = 0, at = 0; lane < 4; ++lane) {
-        for (int byte = 0; byte < 4 && (mask >> lane & 1); ++byte) bytes[mask][at++] = static_cast<uint8_t>(4 * lane + byte);
+        if ((mask >> lane & 1) == 0) continue;
+        for (int byte = 0; byte < 4; ++byte) bytes[mask][at++] = static_cast<uint8_t>(4 * lane + byte);
       }
     }
   }

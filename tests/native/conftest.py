@@ -9,7 +9,7 @@ import torch
 
 from qat import native
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "neon")
 
 
 @pytest.fixture

@@ -1,5 +1,5 @@
 // kernel_cases run ISA COUNT   a line "operator case hash" for every case
-// kernel_cases best            the instruction sets that the dispatch takes here, of the integer and the training kernels
+// kernel_cases best            the instruction sets that the dispatch takes here, of integer and of training kernels
 // kernel_cases force ISA       runs instructions of an ARM set without asking the processor for it
 #include "kernel_cases.h"
 

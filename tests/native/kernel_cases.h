@@ -46,6 +46,7 @@ class Hash {
   }
   void print(const char* name, int number) const {
     std::printf("%s %d %016llx\n", name, number, static_cast<unsigned long long>(value_));
+    std::fflush(stdout);
   }
 
  private:

@@ -110,7 +110,8 @@ void product(const char* isa, int number) {
   const Grid b_grid = random_grid(random, b_type, random.real(1, 4000, 0x1p-16f), false);
   const Grid y_grid = random_grid(random, y_type, random.real(1, 4000, 0x1p-13f), true);
   const Tensor a = random_codes(random, a_type, a_grid, {s.batch, s.m, s.k});
-  const Tensor b = random_codes(random, b_type, b_grid, {s.batch, s.b_transposed ? s.n : s.k, s.b_transposed ? s.k : s.n});
+  const std::vector<int64_t> b_sizes{s.batch, s.b_transposed ? s.n : s.k, s.b_transposed ? s.k : s.n};
+  const Tensor b = random_codes(random, b_type, b_grid, b_sizes);
   Tensor y = empty(y_type, y_grid, {s.batch, s.m, s.n});
   const Threads threads = random_threads(random);
   std::vector<uint8_t> scratch(static_cast<size_t>(matmul_scratch(isa, s, threads.count)) + 64);

@@ -22,7 +22,9 @@ Grid any_grid(Random& random, Type type) {
   return random_grid(random, type, random.real(1, 4000, width(type) == 1 ? 0x1p-15f : 0x1p-23f), false);
 }
 
-Tensor any_codes(Random& random, Type type, const std::vector<int64_t>& sizes) {
+// The sizes come in braces, which are evaluated in order, and before the type that the function draws.
+Tensor any_codes(Random& random, const std::vector<int64_t>& sizes, Type (*type_of)(Random&) = any_type) {
+  const Type type = type_of(random);
   return random_codes(random, type, any_grid(random, type), sizes);
 }
 
@@ -58,7 +60,7 @@ void quantize_case(const char* isa, const Threads& threads, Random& random, Hash
 }
 
 void requantize_case(const char* isa, const Threads& threads, Random& random, Hash& hash) {
-  const Tensor x = any_codes(random, any_type(random), {random.in(1, 5), random.in(1, 300)});
+  const Tensor x = any_codes(random, {random.in(1, 5), random.in(1, 300)});
   const Type type = any_type(random);
   Tensor y = empty(type, any_grid(random, type), {x.view.sizes[0], x.view.sizes[1]});
   requantize(isa, threads, x.view, y.view);
@@ -67,17 +69,17 @@ void requantize_case(const char* isa, const Threads& threads, Random& random, Ha
 
 void elementwise_case(const char* isa, const Threads& threads, Random& random, Hash& hash) {
   const bool words = random.once(4);
-  const auto type = [&] { return words ? any_type(random) : byte_type(random); };
+  const auto type = words ? any_type : byte_type;
   const std::vector<int64_t> sizes{random.in(1, 4), random.in(1, 5), random.in(1, 70)};
   std::vector<int64_t> other = sizes;
   for (int64_t& size : other) {
     if (random.once(3)) size = 1;
   }
   const bool swapped = random.once(2);
-  const Tensor a = any_codes(random, type(), swapped ? other : sizes);
-  const Tensor b = any_codes(random, type(), swapped ? sizes : other);
+  const Tensor a = any_codes(random, swapped ? other : sizes, type);
+  const Tensor b = any_codes(random, swapped ? sizes : other, type);
   for (const auto function : {add, sub, mul, div}) {
-    const Type y_type = type();
+    const Type y_type = type(random);
     Tensor y = empty(y_type, any_grid(random, y_type), sizes);
     function(isa, threads, a.view, b.view, y.view);
     finish(hash, y);
@@ -85,7 +87,7 @@ void elementwise_case(const char* isa, const Threads& threads, Random& random, H
 }
 
 void table_case(const char* isa, const Threads& threads, Random& random, Hash& hash) {
-  const Tensor x = any_codes(random, byte_type(random), {random.in(1, 5), random.in(1, 300)});
+  const Tensor x = any_codes(random, {random.in(1, 5), random.in(1, 300)}, byte_type);
   std::vector<uint8_t> table(256);
   for (uint8_t& entry : table) entry = static_cast<uint8_t>(random.in(0, 255));
   Tensor y = empty(Type::u8, any_grid(random, Type::u8), {x.view.sizes[0], x.view.sizes[1]});
@@ -100,10 +102,11 @@ void table_case(const char* isa, const Threads& threads, Random& random, Hash& h
 
 void softmax_case(const char* isa, const Threads& threads, Random& random, Hash& hash) {
   const Type x_type = any_type(random), y_type = width(x_type) == 1 ? byte_type(random) : any_type(random);
-  const Tensor x = any_codes(random, x_type, {random.in(1, 12), random.in(1, 90), random.once(2) ? 1 : 3});
+  const std::vector<int64_t> sizes{random.in(1, 12), random.in(1, 90), random.once(2) ? 1 : 3};
+  const Tensor x = random_codes(random, x_type, any_grid(random, x_type), sizes);
   Grid grid = random_grid(random, y_type, width(y_type) == 1 ? 0x1p-8f : 0x1p-16f, false);
   if (random.once(2)) grid.zero_point = grid.qmin;
-  Tensor y = empty(y_type, grid, {x.view.sizes[0], x.view.sizes[1], x.view.sizes[2]});
+  Tensor y = empty(y_type, grid, sizes);
   const SoftmaxTable table = prepare_softmax(x.view.grid, grid, x.view.sizes[1]);
   softmax(isa, threads, x.view, 1, &table, y.view);
   hash.add(&table, sizeof table);
@@ -111,20 +114,21 @@ void softmax_case(const char* isa, const Threads& threads, Random& random, Hash&
 }
 
 void layer_norm_case(const char* isa, const Threads& threads, Random& random, Hash& hash) {
-  const Tensor x = any_codes(random, any_type(random), {random.in(1, 6), random.in(1, 300)});
+  const Tensor x = any_codes(random, {random.in(1, 6), random.in(1, 300)});
   const Type y_type = any_type(random);
   Tensor y = empty(y_type, random_grid(random, y_type, random.real(1, 4000, 0x1p-14f), false),
                    {x.view.sizes[0], x.view.sizes[1]});
   std::vector<float> weight(300), bias(300);
   for (float& value : weight) value = random.real(-3000, 3000, 0x1p-11f);
   for (float& value : bias) value = random.real(-3000, 3000, 0x1p-11f);
-  layer_norm(isa, threads, x.view, 1, random.once(3) ? nullptr : weight.data(), random.once(3) ? nullptr : bias.data(),
-             1e-5f, y.view);
+  const float* factor = random.once(3) ? nullptr : weight.data();
+  const float* summand = random.once(3) ? nullptr : bias.data();
+  layer_norm(isa, threads, x.view, 1, factor, summand, 1e-5f, y.view);
   finish(hash, y);
 }
 
 void pool_case(const char* isa, const Threads& threads, Random& random, Hash& hash) {
-  const Tensor x = any_codes(random, any_type(random), image(random));
+  const Tensor x = any_codes(random, image(random));
   const int32_t kernel = random.small(1, 3), stride = random.small(1, 2), pad = random.small(0, kernel / 2);
   const PoolShape s{kernel, kernel, stride, stride, pad, pad, pad, pad, 1, 1, random.once(2)};
   const auto out = [&](int64_t size) { return (size + 2 * pad - kernel) / stride + 1; };
@@ -143,7 +147,7 @@ void pool_case(const char* isa, const Threads& threads, Random& random, Hash& ha
 }
 
 void resize_case(const char* isa, const Threads& threads, Random& random, Hash& hash) {
-  const Tensor x = any_codes(random, any_type(random), image(random));
+  const Tensor x = any_codes(random, image(random));
   const Type y_type = any_type(random);
   std::vector<int32_t> low[2], high[2];
   std::vector<float> weight[2];
@@ -170,7 +174,8 @@ void resize_case(const char* isa, const Threads& threads, Random& random, Hash& 
 
 void layout_case(const char* isa, const Threads& threads, Random& random, Hash& hash) {
   const Type type = any_type(random);
-  const Tensor x = any_codes(random, type, {random.in(2, 5), random.in(2, 5), random.in(2, 40)});
+  const std::vector<int64_t> sizes{random.in(2, 5), random.in(2, 5), random.in(2, 40)};
+  const Tensor x = random_codes(random, type, any_grid(random, type), sizes);
   const int64_t *n = x.view.sizes, perm[] = {2, 0, 1}, pads[] = {1, 0, 0, 1, 1, 1}, shifts[] = {1, -1, 3};
   Tensor turned = empty(type, x.view.grid, {n[2], n[0], n[1]});
   transpose(isa, threads, x.view, perm, turned.view);
@@ -183,7 +188,7 @@ void layout_case(const char* isa, const Threads& threads, Random& random, Hash& 
   Tensor rolled = empty(type, x.view.grid, {n[0], n[1], n[2]});
   roll(isa, threads, x.view, shifts, rolled.view);
   finish(hash, rolled);
-  const Tensor other = any_codes(random, any_type(random), {n[0], n[1], random.in(1, 40)});
+  const Tensor other = any_codes(random, {n[0], n[1], random.in(1, 40)});
   Tensor joined = empty(type, x.view.grid, {n[0], n[1], n[2] + other.view.sizes[2]});
   const View both[] = {x.view, other.view};
   concat(isa, threads, both, 2, 2, joined.view);

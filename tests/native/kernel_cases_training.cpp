@@ -71,7 +71,8 @@ void run_case(const TypedKernels<T>& kernels, const char* name, int number) {
   hash.add(y);
   kernels.learned_run(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scale, zero, range);
   hash.add(dx), add_numbers(ds), add_numbers(dz);
-  kernels.learned_each(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scales.data(), zeros.data(), range);
+  kernels.learned_each(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scales.data(), zeros.data(),
+                       range);
   hash.add(dx), add_numbers(ds), add_numbers(dz);
   hash.print(name, number);
 }

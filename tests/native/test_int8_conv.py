@@ -15,7 +15,7 @@ from torch import Tensor
 from qat import native
 from qat.integer.kernels.qparams import QParams
 
-ISAS = ("portable", "avx2", "avxvnni", "avx512vnni")
+ISAS = ("portable", "avx2", "avxvnni", "avx512vnni", "neon", "neondot", "i8mm")
 pytestmark = pytest.mark.skipif(not native.status().active, reason=f"native extension: {native.status().reason}")
 
 

@@ -435,7 +435,8 @@ void run_part(const Run& run, int64_t part) {
       const int64_t start = block.start + panel.padded / unit_columns * block.rows;
       rows_between(start, panel.units, w.kernels->rows[panel.units - 1], call);
     };
-    if (l.words == Words::by_block) {
+    // a phase of a transposed convolution may have no tap, and so no pointers
+    if (l.words == Words::by_block && !l.phases[static_cast<size_t>(block.phase)].taps.empty()) {
       int64_t first = block.rows, last = 0;
       for (const Panel& panel : w.panels) {
         panel_rows(panel, [&](int64_t from, int64_t to) {

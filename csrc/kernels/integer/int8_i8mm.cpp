@@ -1,5 +1,5 @@
-// ARM with products of 8-bit matrices (ARMv8.6-A, or earlier with the extension: Cortex-A510, A710, Neoverse V1). The build
-// compiles this file with its options.
+// ARM with products of 8-bit matrices (ARMv8.6-A, or earlier with the extension: Cortex-A510, A710, Neoverse V1). The
+// build compiles this file with its options.
 #include "isa.h"
 
 #ifdef __ARM_FEATURE_MATMUL_INT8

@@ -1,7 +1,7 @@
 // ARMv8-A as it is (Cortex-A53, A57, A72): bytes multiplied to words, and pairs of words added to 32 bits.
 //
-// smull and sadalp make 8 products, so 16 take four instructions; a second product in 16 bits (smlal) would save one, and
-// overflow for weights of -128.
+// smull and sadalp make 8 products, so 16 take four instructions; a second product in 16 bits (smlal) would save one,
+// and overflow for weights of -128.
 #include "isa.h"
 
 #ifdef __aarch64__

@@ -1,7 +1,7 @@
 // What one instruction set brings to the 8-bit convolution, matrix and depthwise kernels.
 //
 // A new instruction set is one file with a vector type (see `tile_loops.h` for what it must have) that fills an
-// `Int8Kernels`, one line in `isa.cpp`, and its options in setup.py and csrc/CMakeLists.txt.
+// `Int8Kernels`, one line in `isa.cpp`, and its options in csrc/kernel_options.txt.
 //
 // All of them share the packed formats, whose unit is a group of four bytes of one output channel, for instructions that
 // add the products of four pairs of bytes to a 32-bit lane (vpdpbusd, sdot):
