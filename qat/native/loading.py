@@ -39,7 +39,7 @@ class Status:
         """One line for `qat env`."""
         if not self.active:
             return f"not used: {self.reason}"
-        return f"{self.isa}, {'with' if self.cuda else 'without'} CUDA ({self.path})"
+        return f"{self.isa} ({self.path}), {'with' if self.cuda else 'without'} CUDA kernels"
 
 
 @functools.cache

@@ -86,6 +86,43 @@ void learned(const float* x, const float* grad, int64_t n, float scale, float ze
   }
 }
 
+// One channel: fake batch norm with ReLU6 (`activation` 2) and its gradient; `y`, `dx` and the sums of gamma and beta.
+void norm(const float* x, const float* grad, int64_t n, float mean, float inverse, float gamma, float beta,
+          int activation, int frozen, float* y, float* dx, float* dgamma, float* dbeta) {
+  std::vector<float> passed(static_cast<size_t>(n));
+  double sum = 0, sum_x = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const float nx = normalized(x[i], mean, inverse);
+    bool passes;
+    y[i] = activate(fused(nx, gamma, beta), activation, passes);
+    passed[static_cast<size_t>(i)] = passes ? grad[i] : 0.0f;
+    sum += passed[static_cast<size_t>(i)];
+    sum_x += passed[static_cast<size_t>(i)] * nx;
+  }
+  *dbeta = static_cast<float>(sum);
+  *dgamma = static_cast<float>(sum_x);
+  for (int64_t i = 0; i < n; ++i) {
+    dx[i] = norm_gradient(passed[static_cast<size_t>(i)], normalized(x[i], mean, inverse), gamma * inverse, *dbeta,
+                          *dgamma, static_cast<float>(n), frozen != 0);
+  }
+}
+
+// Whether element_of visits each element of its channel once.
+int visits_once(int64_t outer, int64_t channels, int64_t inner) {
+  std::vector<int> seen(static_cast<size_t>(outer * channels * inner));
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t p = 0; p < outer * inner; ++p) {
+      const int64_t at = element_of({outer, channels, inner}, c, p);
+      if (at / inner % channels != c) return 0;
+      ++seen[static_cast<size_t>(at)];
+    }
+  }
+  for (const int count : seen) {
+    if (count != 1) return 0;
+  }
+  return 1;
+}
+
 // Rows and columns of C = A (16 x 64) B (64 x 16) of one warp, through shared memory, ldmatrix and the fragments' maps.
 void tile_product(const uint8_t* a, const int8_t* b_rows, int32_t* c) {
   std::vector<uint8_t> left(16 * tile_k), right(16 * tile_k);

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
 from qat import native
@@ -16,14 +16,18 @@ from qat.integer.kernels.requantize import multiplier
 from tests.native.native_cases import same_bits, tensors
 from tests.native.test_cuda_host import sum_ratios
 
-pytestmark = [
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
-    pytest.mark.skipif(not native.status().cuda, reason=f"native extension: {native.status()}"),
-]
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
 Y_GRID, SUM_GRID, OTHER_GRID = QParams(0.11, 90, 0, 255), QParams(0.17, 101, 0, 255), QParams(0.09, 3, -128, 127)
 
 
-@settings(max_examples=200, deadline=None)
+@pytest.fixture(autouse=True)
+def _kernels() -> None:
+    """Skip where the extension was built without the kernels of the GPU."""
+    if not native.status().cuda:
+        pytest.skip(f"native extension: {native.status()}")
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(x=tensors())
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_fake_quantization_and_extrema_are_the_cpus(per_channel: bool, x: Tensor) -> None:
@@ -55,7 +59,7 @@ def test_large_tensors_and_channels_last(shape: Sequence[int], axis: int, dtype:
         assert all(torch.equal(a.cpu(), b) for a, b in zip(found, wanted, strict=True))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(x=tensors())
 def test_histograms_are_the_cpus(x: Tensor) -> None:
     def state(device: str) -> list[Tensor]:

@@ -99,6 +99,34 @@ def test_gradients_of_a_learned_grid_are_autograds(host: ctypes.CDLL) -> None:
     torch.testing.assert_close(sums[1].float(), zero.grad, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("activation", [0, 1, 2])
+def test_batch_norm_with_an_activation_is_pytorchs(host: ctypes.CDLL, activation: int, frozen: bool) -> None:
+    generator = torch.Generator().manual_seed(activation)
+    x, grad = (torch.randn(3000, generator=generator) * 3 + 1 for _ in range(2))
+    gamma, beta = (torch.tensor([v], requires_grad=True) for v in (1.7, 0.4))
+    mean, variance = (
+        (torch.tensor([0.8]), torch.tensor([7.0])) if frozen else (x.mean()[None], x.var(correction=0)[None])
+    )
+    inputs = x.clone().requires_grad_()
+    z = torch.nn.functional.batch_norm(inputs[:, None], mean.clone(), variance.clone(), gamma, beta, not frozen)
+    wanted = (lambda t: t, torch.relu, torch.nn.functional.relu6)[activation](z).flatten()
+    wanted.backward(grad)
+    y, dx, sums = torch.empty(3000), torch.empty(3000), torch.empty(2)
+    numbers = [ctypes.c_float(float(v)) for v in (mean, (variance + 1e-5).rsqrt(), 1.7, 0.4)]
+    host.norm(
+        pointer(x), pointer(grad), ctypes.c_int64(3000), *numbers, activation, int(frozen), pointer(y), pointer(dx),
+        pointer(sums[:1]), pointer(sums[1:]),
+    )  # fmt: skip
+    for found, expected in ((y, wanted.detach()), (dx, inputs.grad), (sums[:1], gamma.grad), (sums[1:], beta.grad)):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [(2, 3, 5), (7, 4, 1), (1, 1, 9), (3, 1, 2)])
+def test_a_reduction_visits_each_element_of_a_channel_once(host: ctypes.CDLL, layout: tuple[int, int, int]) -> None:
+    assert host.visits_once(*map(ctypes.c_int64, layout)) == 1
+
+
 def test_a_tile_through_the_fragments_is_the_product(host: ctypes.CDLL) -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randint(0, 256, (16, 64), generator=generator, dtype=torch.uint8)
