@@ -5,8 +5,8 @@
 //
 // All of them share the packed formats, whose unit is a group of four bytes of one output channel, for instructions that
 // add the products of four pairs of bytes to a 32-bit lane (vpdpbusd, sdot):
-//   panel of a matrix      [tap][depth / 4][column of the panel][4], at most 4 x 16 columns, padded with zeros; where the
-//                          kernels multiply words (see `widen`), [tap][depth / 2][column of the panel][2]
+//   panel of a matrix      [tap][depth / 4][column of the panel][4], at most 4 x 16 columns, padded with zeros;
+//                          where the kernels multiply words (see `widen`), [tap][depth / 2][column of the panel][2]
 //   block of a depthwise   [taps / 4][4 vectors][lane][4], 4 x width channels; lane l of vector q is channel
 //                          l / 4 * 16 + q * 4 + l % 4, the order in which unpacking bytes and words interleaves four rows;
 //                          of a kernel of 3 x 3 four taps are a column and one with the weight zero
@@ -44,8 +44,8 @@ struct ByteEpilogue {
   float sum_high;
 };
 
-// Some rows times one panel. Row r, tap t is read at left[t * left_stride + r] + left_offset, `depth` groups of four bytes,
-// be it four codes or two words.
+// Some rows times one panel. Row r, tap t is read at left[t * left_stride + r] + left_offset, `depth` groups of four
+// bytes, be it four codes or two words.
 struct GemmBlock {
   const uint8_t* const* left;
   int64_t left_stride;
@@ -117,8 +117,8 @@ struct Int8Kernels {
   void (*lookup)(const uint8_t* table, uint8_t* y, int64_t rows, int64_t columns, int64_t stride);
   // `steps` times the multiply-accumulate instruction on registers only, for benchmarks; returns how many products that is.
   int64_t (*peak)(int64_t steps);
-  // Null, or the matrix kernels multiply words: they read activations that this has made of bytes, to[i] = from[i] ^ flip
-  // without a sign, and get no flip of their own. It may read up to 15 bytes too many, and write as many words.
+  // Null, or the matrix kernels multiply words: they read activations that this has made of bytes,
+  // to[i] = from[i] ^ flip without a sign, and get no flip of their own. It may read up to 15 bytes too many, and write as many words.
   void (*widen)(const uint8_t* from, uint8_t flip, int64_t count, int16_t* to);
 
   // Products that a 32-bit lane adds at once, and bytes of an activation in the matrix kernels.
