@@ -176,8 +176,11 @@ void check_state(const Tensor& tensor, const char* name, ScalarType type, int64_
             (type == ScalarType::Long ? "int64" : "float32") + " values; give the observer's buffer");
 }
 
-void observe_histogram(Tensor x, Tensor counts, Tensor low, Tensor high, Tensor nonfinite) {
+void observe_histogram(Tensor x, Tensor counts, Tensor low, Tensor high, Tensor nonfinite, int64_t axis,
+                       int64_t mantissa_bits) {
   const Device device(x);
+  check(axis == -1 && mantissa_bits == 7,
+        "histograms by channel, or of other than 7 bits of the mantissa, have no CUDA kernel; use the PyTorch path");
   check_values(x, "x", device.index);
   check_state(counts, "counts", ScalarType::Long, histogram_bins, device.index);
   check_state(low, "low", ScalarType::Float, 1, device.index);

@@ -28,8 +28,8 @@ struct Vector {
   static Right right(const int8_t* from) { return bytes_at(from); }
   static Int dot(Int acc, Left a, Right b) { return _mm256_dpbusd_avx_epi32(acc, a, b); }
 #else
-  // Bytes 0 and 2 of each lane as words, and bytes 1 and 3. vpmaddubsw would take the bytes, but its sums of two products
-  // saturate at 16 bits; vpmaddwd's have 32.
+  // Bytes 0 and 2 of each lane as words, and bytes 1 and 3. vpmaddubsw would take the bytes, but its sums of two
+  // products saturate at 16 bits; vpmaddwd's have 32.
   struct Words {
     __m256i even, odd;
   };

@@ -30,8 +30,8 @@ struct Phase {
   int64_t rows;                  // of one image
 };
 
-// When the activation becomes words for the kernels that multiply those: before the run, where several taps read a row, or
-// by the block of rows.
+// When the activation becomes words for the kernels that multiply those: before the run, where several taps read a
+// row, or by the block of rows.
 enum class Words { never, ahead, by_block };
 
 struct Block {

@@ -1,7 +1,7 @@
 // AVX2 and FMA without VNNI (x86-64). The build compiles this file with their options.
 //
-// Exact at the rate of the saturating loop: vpmaddubsw, vpmaddwd with ones and vpaddd make 32 products of two
-// multiplications, and so do two vpmaddwd of words, whose sums of two products have 32 bits. So activations become words
+// Exact at the rate of the saturating loop: vpmaddubsw, vpmaddwd with ones and vpaddd make 32 products of
+// two multiplications, and so do two vpmaddwd of words, whose sums of two products have 32 bits. So activations become words
 // once, before all the columns that they meet, and weights, which stay bytes in memory, on their way to a register.
 #include "isa.h"
 

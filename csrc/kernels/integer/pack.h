@@ -40,7 +40,8 @@ class AlignedBytes {
   std::unique_ptr<int8_t, Free> data_;
 };
 
-// Splits `columns` into panels of nearly equal width, at most `max_units`; `depth` groups of `group` inputs, `taps` of them.
+// Splits `columns` into panels of nearly equal width, at most `max_units`; `depth` groups of `group` inputs,
+// `taps` of them.
 void split_panels(int32_t groups, int32_t columns, int32_t max_units, int64_t taps, int64_t depth, int32_t group,
                   std::vector<Panel>& panels);
 // Columns and bytes of all panels.
