@@ -18,8 +18,8 @@ constexpr int64_t max_bytes = INT32_MAX;
 // Of a window's sizes, strides, pads and dilations.
 constexpr int64_t max_window = 32767;
 
-// All arrays with the sizes that they have for a batch size; data is null but of constants. Throws Error where a size is
-// not positive or a tensor too large.
+// All arrays with the sizes that they have for a batch size; data is null but of constants. Throws Error where a size
+// is not positive or a tensor too large.
 std::vector<View> resolve_sizes(const Plan& plan, int64_t batch);
 
 // Throws Error, which names the operator.
