@@ -56,6 +56,7 @@ void describe(const qat::Array& array, qat_tensor_info* info) {
   info->type = static_cast<int32_t>(array.type);
   info->rank = array.rank;
   for (int32_t d = 0; d < array.rank; ++d) info->sizes[d] = array.sizes[d];
+  if (!qat::is_codes(array.type)) return;
   info->scale = array.grid.scale;
   info->zero_point = array.grid.zero_point;
   info->qmin = array.grid.qmin;

@@ -14,8 +14,8 @@ struct Buffer {
 
 constexpr int64_t arena_alignment = 64;
 
-// Sets the offsets, multiples of 64, and returns the bytes of the block: the largest buffer first, each in the smallest gap
-// that holds it between those that are needed at the same time.
+// Sets the offsets, multiples of 64, and returns the bytes of the block: the largest buffer first, each in the smallest
+// gap that holds it between those that are needed at the same time.
 int64_t place_buffers(std::vector<Buffer>& buffers);
 
 }  // namespace qat

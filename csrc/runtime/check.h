@@ -18,8 +18,8 @@ constexpr int64_t max_bytes = INT32_MAX;
 // Of a window's sizes, strides, pads and dilations.
 constexpr int64_t max_window = 32767;
 
-// All arrays with the sizes that they have for a batch size; data is null but of constants. Throws Error where a size is
-// not positive or a tensor too large.
+// All arrays with the sizes that they have for a batch size; data is null but of constants. Throws Error where a size
+// is not positive or a tensor too large.
 std::vector<View> resolve_sizes(const Plan& plan, int64_t batch);
 
 // Throws Error, which names the operator.
@@ -39,7 +39,7 @@ enum ConvInput : size_t { conv_x, conv_weight, conv_zero_points, conv_scales, co
 class Checker {
  public:
   Checker(const Plan& plan, const std::vector<View>& arrays, const Operator& op)
-      : plan(plan), op(op), arrays_(arrays), y(arrays[static_cast<size_t>(op.output)]) {}
+      : plan(plan), op(op), y(arrays[static_cast<size_t>(op.output)]), arrays_(arrays) {}
 
   const View& x(size_t input) const { return arrays_[static_cast<size_t>(op.inputs[input])]; }
   bool has(size_t input) const { return op.has(input); }
@@ -71,12 +71,10 @@ class Checker {
 
   const Plan& plan;
   const Operator& op;
+  const View& y;
 
  private:
   const std::vector<View>& arrays_;
-
- public:
-  const View& y;
 };
 
 void check_conv(const Checker& c);

@@ -178,7 +178,8 @@ class Planner {
       }
       for (int32_t output : g.outputs) {
         if (own.where == Where::output && own.at == output) continue;
-        memory.copies.push_back({plan_.operators.size(), g.input != none ? given : own, {Where::output, output}, g.bytes});
+        const Place from = g.input != none ? given : own;
+        memory.copies.push_back({plan_.operators.size(), from, {Where::output, output}, g.bytes});
       }
     }
     std::stable_sort(memory.copies.begin(), memory.copies.end(),

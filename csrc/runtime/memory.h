@@ -31,8 +31,8 @@ struct Memory {
   int64_t bytes = 0;             // of the arena
 };
 
-// Inputs and outputs stay in the caller's memory where the kernels allow, results are written over operands that nothing
-// needs any more, and the rest shares an arena. `scratch`: bytes that every operator needs.
+// Inputs and outputs stay in the caller's memory where the kernels allow, results are written over operands that
+// nothing needs any more, and the rest shares an arena. `scratch`: bytes that every operator needs.
 Memory plan_memory(const Plan& plan, const std::vector<View>& arrays, const std::vector<int64_t>& scratch);
 
 }  // namespace qat

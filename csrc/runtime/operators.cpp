@@ -65,7 +65,7 @@ Epilogue epilogue_of(const Source& s) {
   return e;
 }
 
-Prepared prepare(const Source& s, const Machine& machine) {
+Prepared prepare_conv_layer(const Source& s, const Machine& machine) {
   const View &x = s.x(conv_x), &w = s.x(conv_weight);
   const auto size = [](int64_t v) { return static_cast<int32_t>(v); };
   const Weights weights{w.data,
@@ -232,7 +232,7 @@ Call call_of(const Operator& op) {
       return [=](const Machine& m, const View* x, const View& y, void*) {
         prelu(m.isa, m.threads, x[0], values<float>(x[1]), x[1].count(), axis, y);
       };
-    // a reshape that is not free is a copy
+    // a reshape is never called
     default: return unary(expand);
   }
 }
@@ -255,7 +255,7 @@ Prepared prepare_operator(const Plan& plan, size_t op, const std::vector<View>& 
                           WeightCache& weights) {
   const Source source{plan, op, plan.operators[op], arrays, machine, weights};
   switch (source.op.kind) {
-    case Kind::conv: return prepare(source, machine);
+    case Kind::conv: return prepare_conv_layer(source, machine);
     case Kind::matmul: return prepare_matmul(source, machine);
     case Kind::softmax: return {softmax_call(source), 0};
     default: return {call_of(source.op), 0};

@@ -1,6 +1,7 @@
 /* The runner of integer networks: a C API without dependencies, for C, C++, Python's ctypes and others.
  *
- * A plan is a network from a file (docs/plan_format.md). A session runs it for one batch size and one number of threads.
+ * A plan is a network from a file (docs/plan_format.md). A session runs it for one batch size and one number of
+ * threads.
  *
  *   qat_plan* plan;
  *   if (qat_plan_load(bytes, size, &plan) != QAT_OK) puts(qat_last_error());
@@ -53,9 +54,9 @@ typedef enum qat_type { QAT_U8 = 1, QAT_S8 = 2, QAT_U16 = 3, QAT_S16 = 4, QAT_S3
 typedef struct qat_plan qat_plan;
 typedef struct qat_session qat_session;
 
-/* An input or output of a plan. Memory is dense and row-major in the order of `sizes`, which is the physical one: tensors
- * with spatial dimensions are channels last, if they are codes. A size of -k is k times the batch size. For codes,
- * real = scale * (code - zero_point), qmin <= code <= qmax; the four are 0 for QAT_F32 and QAT_S32. */
+/* An input or output of a plan. Memory is dense and row-major in the order of `sizes`, which is the physical one:
+ * tensors with spatial dimensions are channels last, if they are codes. A size of -k is k times the batch size. For
+ * codes, real = scale * (code - zero_point), qmin <= code <= qmax; the four are 0 for QAT_F32 and QAT_S32. */
 typedef struct qat_tensor_info {
   const char* name;
   int32_t type; /* qat_type */
@@ -107,19 +108,20 @@ QAT_API int32_t qat_plan_operators(const qat_plan* plan);
 QAT_API const char* qat_plan_operator_name(const qat_plan* plan, int32_t index);
 QAT_API const char* qat_plan_operator_kind(const qat_plan* plan, int32_t index);
 
-/* Plans the memory for a batch size, packs weights (once for all sessions of a plan) and starts threads. `options` may be
- * NULL and is not kept; its parallel_context must live as long as the session. */
+/* Plans the memory for a batch size, packs weights (once for all sessions of a plan) and starts threads. `options` may
+ * be NULL and is not kept; its parallel_context must live as long as the session. */
 QAT_API int qat_session_create(const qat_plan* plan, int64_t batch, const qat_options* options, qat_session** session);
 QAT_API void qat_session_free(qat_session* session);
-/* One pointer an input and an output, to as many elements as their sizes say, aligned to the size of an element. Outputs
- * are written, whole; nothing else of the caller's memory is, and nothing outside of the inputs is read. Outputs
- * must not overlap each other or inputs. Allocates nothing. */
+/* One pointer an input and an output, to as many elements as their sizes say, aligned to the size of an element.
+ * Outputs are written, whole; nothing else of the caller's memory is, and nothing outside of the inputs is read.
+ * Outputs must not overlap each other or inputs. Allocates nothing. */
 QAT_API int qat_session_run(qat_session* session, const void* const* inputs, void* const* outputs);
 /* Bytes for intermediate tensors and scratch, which live in one block. */
 QAT_API int64_t qat_session_arena_bytes(const qat_session* session);
 /* Starts (1) or stops (0) measuring; starting sets all times to 0. */
 QAT_API int qat_session_profile(qat_session* session, int on);
-/* Nanoseconds of each operator, summed over the runs since the start of measuring; 0 for what costs nothing (reshape). */
+/* Nanoseconds of each operator, summed over the runs since the start of measuring; 0 for what costs nothing
+ * (reshape). */
 QAT_API int qat_session_times(const qat_session* session, int64_t* nanoseconds);
 
 #ifdef __cplusplus

@@ -27,11 +27,15 @@ Session::Session(std::shared_ptr<const Plan> plan, std::shared_ptr<WeightCache> 
   const int32_t threads = options.threads == 0 ? 1 : options.threads;
   machine_.isa = find_integer_isa(isa);
   if (machine_.isa == nullptr) {
-    throw Error(QAT_INVALID_ARGUMENT, "isa '" + std::string(isa) + "': is unknown, or this processor lacks it; leave it empty");
+    throw Error(QAT_INVALID_ARGUMENT,
+                "isa '" + std::string(isa) + "': is unknown, or this processor lacks it; leave it empty");
   }
-  if (batch < 1) throw Error(QAT_INVALID_ARGUMENT, "batch " + std::to_string(batch) + ": is not positive; give 1 or more");
+  if (batch < 1) {
+    throw Error(QAT_INVALID_ARGUMENT, "batch " + std::to_string(batch) + ": is not positive; give 1 or more");
+  }
   if (threads < 1 || threads > max_threads) {
-    throw Error(QAT_INVALID_ARGUMENT, "threads " + std::to_string(threads) + ": is outside of [1, 1024]; give 0 for one");
+    throw Error(QAT_INVALID_ARGUMENT,
+                "threads " + std::to_string(threads) + ": is outside of [1, 1024]; give 0 for one");
   }
   if ((options.flags & ~QAT_POISON) != 0) throw Error(QAT_INVALID_ARGUMENT, "flags: has unknown bits; give 0");
   arrays_ = resolve_sizes(*plan_, batch);

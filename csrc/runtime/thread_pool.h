@@ -12,8 +12,8 @@
 
 namespace qat {
 
-// Part i of a call always runs on thread i, so that a thread finds in its cache what it wrote before. Idle threads look for
-// work for some microseconds, as the operators of a network follow each other, and sleep then.
+// Part i of a call always runs on thread i, so that a thread finds in its cache what it wrote before. Idle threads look
+// for work for some microseconds, as the operators of a network follow each other, and sleep then.
 class ThreadPool {
  public:
   // The calling thread and count - 1 others. Throws std::system_error.

@@ -1,8 +1,8 @@
 // Feeds changed plans to the runner: no file may crash it. Build with sanitizers; scripts/fuzz_plan does.
 //
 // Usage: fuzz_plan COUNT SEED FILE...   (FILEs are valid plans)
-// Each input is a file with some of its fields changed (found by reading its records), some bytes flipped, or its end cut;
-// most get the right size and checksum, so that what follows is tested, too. What loads is run, with inputs and
+// Each input is a file with some of its fields changed (found by reading its records), some bytes flipped, or its end
+// cut; most get the right size and checksum, so that what follows is tested, too. What loads is run, with inputs and
 // outputs in memory of exactly their size, and must not allocate while it runs.
 #include <algorithm>
 #include <cstdio>
