@@ -107,7 +107,7 @@ def native() -> dict[str, Any]:
         sources=sorted(
             str(path) for folder in ("kernels", "runtime", "torch") for path in CSRC.glob(f"{folder}/**/*.cpp")
         ),
-        depends=sorted(map(str, CSRC.glob("**/*.h"))),
+        depends=[*sorted(map(str, CSRC.glob("**/*.h"))), str(CSRC / "kernel_options.txt")],
         language="c++",
         # one file for all versions of Python, which it does not even know
         py_limited_api=True,
