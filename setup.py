@@ -169,7 +169,7 @@ def native() -> dict[str, Any]:
             # see `_cuda_objects`
             if not path.stem.startswith("cuda")
         ),
-        depends=sorted(map(str, CSRC.glob("**/*.h"))),
+        depends=[*sorted(map(str, CSRC.glob("**/*.h"))), str(CSRC / "kernel_options.txt")],
         language="c++",
         # one file for all versions of Python, which it does not even know
         py_limited_api=True,

@@ -24,6 +24,7 @@ CROSS, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 #: The best instruction set of the integer kernels on a processor without, with one and with both extensions.
 PROCESSORS = {"cortex-a53": "neon", "neoverse-n1": "neondot", "max": "i8mm"}
 CASES = "25"
+pytestmark = pytest.mark.heavy
 
 
 def build(compiler: str, machine: str, folder: Path) -> Path:
@@ -87,12 +88,10 @@ def same(found: dict[str, str], expected: dict[str, str]) -> None:
     assert [name for name, value in found.items() if value != expected[name]] == []
 
 
-@pytest.mark.heavy
 def test_the_portable_kernels_compute_the_same_on_arm(arm: Path, expected: dict[str, str]) -> None:
     same(hashes(emulated(arm, "cortex-a53", "run", "portable", CASES)), expected)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(("processor", "isa"), PROCESSORS.items())
 def test_every_instruction_set_of_arm_gives_the_codes_of_the_portable_kernels(
     arm: Path, expected: dict[str, str], processor: str, isa: str
@@ -100,7 +99,6 @@ def test_every_instruction_set_of_arm_gives_the_codes_of_the_portable_kernels(
     same(hashes(emulated(arm, processor, "run", isa, CASES)), expected)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize("isa", ["avx2", "avxvnni", "avx512vnni"])
 def test_every_instruction_set_of_this_processor_gives_the_codes_of_the_portable_kernels(
     host: Path, expected: dict[str, str], isa: str
@@ -111,14 +109,12 @@ def test_every_instruction_set_of_this_processor_gives_the_codes_of_the_portable
     same(hashes(command), expected)
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(("processor", "isa"), PROCESSORS.items())
 def test_the_best_instruction_set_that_the_processor_has_is_taken(arm: Path, processor: str, isa: str) -> None:
     done = subprocess.run(emulated(arm, processor, "best"), check=True, capture_output=True, text=True)
     assert done.stdout.split() == [isa, "neon"]
 
 
-@pytest.mark.heavy
 @pytest.mark.parametrize(("processor", "isa"), [("cortex-a53", "neondot"), ("neoverse-n1", "i8mm")])
 def test_a_wrong_choice_would_be_fatal(arm: Path, processor: str, isa: str) -> None:
     # so the emulated processors do lack the instructions, and the tests above tell that the dispatch asks
