@@ -107,7 +107,8 @@ def test_without_simulation_it_is_the_float_model(model: Net, prepared: Prepared
     torch.testing.assert_close(results[1], results[0])
     by_shape = sorted(gradients[0], key=lambda g: (tuple(g.shape), g.sum()))  # type: ignore[union-attr]
     for mine, theirs in zip(sorted(gradients[1], key=lambda g: (tuple(g.shape), g.sum())), by_shape, strict=True):  # type: ignore[union-attr]
-        torch.testing.assert_close(mine, theirs)
+        # the gradient of a bias before batch norm is zero but for rounding, and that is another in fused passes
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=1e-4)
     for key, value in prepared.float_state_dict().items():  # running statistics moved alike
         torch.testing.assert_close(value, model.state_dict()[key])
 

@@ -70,7 +70,7 @@ case(
     "resize_nearest", [IMAGE], ("u8", A, [2, 10, 6, 7]), [], lambda x: _last(resize.resize_nearest(_first(x), (10, 6))),
     constants=[("s32", torch.arange(10) // 2), ("s32", torch.arange(6))],
 )  # fmt: skip
-_TAPS = [t for out, size in ((7, 5), (9, 6)) for t in resize._taps(out, None, size, False)[:3]]
+_TAPS = [t for out, size in ((7, 5), (9, 6)) for t in resize.linear_taps(out, None, size, False)[:3]]
 case(
     "resize_linear", [IMAGE], ("u8", B, [2, 7, 9, 7]), [],
     lambda x: _last(resize.resize_bilinear(_first(x), A, B, (7, 9))),

@@ -64,7 +64,7 @@ def both(quantizer: WeightFakeQuantize, w: Tensor) -> list[tuple[Tensor, Tensor]
     """Value and gradient, native and in PyTorch."""
     upstream = torch.arange(1.0, w.numel() + 1).reshape(w.shape).to(w.dtype)
     results = []
-    for path in (weight.is_for_native, lambda *_: False):
+    for path in (weight.is_for_native, lambda *_, **__: False):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(weight, "is_for_native", path)
             patch.setattr("qat.quantizers.static.is_for_native", path)
