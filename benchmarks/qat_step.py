@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -101,12 +101,20 @@ def peak(network: str, variant: str, args: argparse.Namespace) -> float:
 
 
 def child(network: str, variant: str, args: argparse.Namespace) -> None:
-    """Print the growth of this process."""
+    """Print the growth of this process, on Linux: its peak counts from before the first step on."""
     step = make_step(network, variant, True, args)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_status("VmHWM") - before) / 1024)
+
+
+def _status(key: str) -> int:
+    """Return a line of /proc/self/status, in KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def measure(network: str, args: argparse.Namespace) -> list[dict[str, Any]]:
