@@ -26,7 +26,9 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path("csrc")
 #: Symbols of torch 2.10 at most are used, and all later versions have them.
 STABLE_ABI = "0x020a000000000000"
-COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", "-ffp-contract=off", "-g0", "-Wall", "-Wextra"]
+#: Contraction would change results, and sums of products wrap around.
+ARITHMETIC = ["-ffp-contract=off", "-fwrapv"]
+COMMON = ["-std=c++17", "-O3", "-fvisibility=hidden", *ARITHMETIC, "-g0", "-Wall", "-Wextra"]
 #: Contraction would change results; the last architecture's PTX serves what comes after it.
 NVCC = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-ffp-contract=off"]
 CUDA_ARCHITECTURES = ["80", "90"]
