@@ -4,7 +4,7 @@
 #ifdef __aarch64__
 #include <arm_neon.h>
 
-#include "training_loops.h"
+#include "norm_loops.h"
 
 namespace qat {
 namespace {
@@ -79,6 +79,7 @@ struct Vector {
   static Float round(Float x) { return {vrndnq_f32(x.a), vrndnq_f32(x.b)}; }
   static Mask ordered(Float x) { return equal(x, x); }
   static Mask finite(Float x) { return {finite_lanes(x.a), finite_lanes(x.b)}; }
+  static Mask less(Float x, Float y) { return {vcltq_f32(x.a, y.a), vcltq_f32(x.b, y.b)}; }
   static Mask equal(Float x, Float y) { return {vceqq_f32(x.a, y.a), vceqq_f32(x.b, y.b)}; }
   static Mask both(Mask x, Mask y) { return {vandq_u32(x.a, y.a), vandq_u32(x.b, y.b)}; }
   static Float keep(Mask mask, Float x) { return {keep_lanes(mask.a, x.a), keep_lanes(mask.b, x.b)}; }

@@ -12,7 +12,7 @@ namespace {
 using namespace qat::ops;
 
 // Raised with every change of an operator's schema or meaning; qat/native/loading.py names the one that it needs.
-constexpr int64_t interface_version = 3;
+constexpr int64_t interface_version = 4;
 
 // ---- instruction set
 
@@ -112,6 +112,19 @@ Tensor fake_quantize_backward(Tensor grad, Tensor mask_bits, std::vector<int64_t
 
 // ---- about the library
 
+// Whether all of the first n bits are set.
+bool all_set(Tensor mask_bits, int64_t n) {
+  check_cpu(mask_bits, "mask_bits");
+  check(mask_bits.scalar_type() == ScalarType::Byte && mask_bits.is_contiguous() && n >= 0 &&
+            mask_bits.numel() == (n + 7) / 8,
+        "mask_bits does not have " + std::to_string(n) + " bits; give what a forward pass returned");
+  const uint8_t* const bits = mask_bits.const_data_ptr<uint8_t>();
+  const int64_t whole = n / 8;
+  const int rest = static_cast<int>(n % 8), last = (1 << rest) - 1;
+  return std::all_of(bits, bits + whole, [](uint8_t byte) { return byte == 0xff; }) &&
+         (rest == 0 || (bits[whole] & last) == last);
+}
+
 int64_t get_interface() { return interface_version; }
 
 std::string get_isa() { return kernels().isa; }
@@ -134,6 +147,7 @@ STABLE_TORCH_LIBRARY(qat, m) {
   m.def("fake_quantize_observe_forward(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int axis=-1, "
         "bool with_mask=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("fake_quantize_backward(Tensor grad, Tensor mask_bits, SymInt[] strides) -> Tensor");
+  m.def("_all_set(Tensor mask_bits, int n) -> bool");
   m.def("_interface() -> int");
   m.def("_isa() -> str");
   m.def("_use_isa(str isa) -> str");
@@ -146,6 +160,7 @@ STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CompositeExplicitAutograd, m) {
+  m.impl("_all_set", TORCH_BOX(&all_set));
   m.impl("_interface", TORCH_BOX(&get_interface));
   m.impl("_isa", TORCH_BOX(&get_isa));
   m.impl("_use_isa", TORCH_BOX(&use_isa));

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 #: The `interface_version` of csrc/torch/ops.cpp that the Python code of this package calls.
-_INTERFACE = 3
+_INTERFACE = 4
 
 
 @dataclass(frozen=True)

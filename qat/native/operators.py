@@ -81,13 +81,18 @@ class _StraightThrough(torch.autograd.Function):
         y: Tensor
         made: tuple[Tensor, Tensor] = below_autograd(operator, x, *arguments, True)
         y, mask_bits = made
-        ctx.save_for_backward(mask_bits)
+        # a grid that follows its tensor clamps nothing: then the gradient is that of the output, without a pass over it
+        ctx.is_open = not torch.compiler.is_compiling() and torch.ops.qat._all_set(mask_bits, x.numel())
+        if not ctx.is_open:
+            ctx.save_for_backward(mask_bits)
         # the bits are in the order of memory of the output
         ctx.strides = y.stride()
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.is_open:
+            return grad, None, None
         (mask_bits,) = ctx.saved_tensors
         operator = torch.ops.qat.fake_quantize_backward.default
         if torch.is_grad_enabled():  # the gradient is to have a gradient

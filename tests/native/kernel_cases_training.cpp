@@ -96,6 +96,43 @@ void run_sums(const Kernels& kernels, int number) {
   hash.print("sums", number);
 }
 
+void run_norm(const NormKernels& kernels, int number) {
+  Random random(static_cast<uint64_t>(number) + 5000000);
+  const auto rows = static_cast<int64_t>(random.in(1, 5)), channels = static_cast<int64_t>(random.in(1, 40));
+  const int64_t count = rows * channels;
+  const auto n = static_cast<size_t>(count), c = static_cast<size_t>(channels);
+  std::vector<float> x(n), y(n), dx(n), factor(n), shift(n), low(c, 1.0f), high(c, -1.0f);
+  for (size_t i = 0; i < n; ++i) {
+    x[i] = random.real(-70000, 70000, 0.001f);
+    y[i] = random.real(-70000, 70000, 0.001f);
+    factor[i] = random.real(-300, 300, 0.01f);
+    shift[i] = random.real(-300, 300, 0.1f);
+  }
+  std::vector<double> sums(c), squares(c);
+  std::vector<uint8_t> bits((n + 7) / 8);
+  Hash hash;
+  kernels.moments_rows(x.data(), rows, channels, sums.data(), squares.data(), low.data(), high.data());
+  hash.add(sums), hash.add(squares), hash.add(low), hash.add(high);
+  kernels.moments_run(x.data(), count, sums.data(), squares.data(), low.data(), high.data());
+  kernels.products_rows(x.data(), y.data(), rows, channels, sums.data(), squares.data());
+  kernels.products_run(x.data(), y.data(), count, sums.data(), squares.data());
+  hash.add(sums), hash.add(squares), hash.add(low), hash.add(high);
+  kernels.gradient_run(x.data(), y.data(), dx.data(), count, 1.5f, -0.3f, 0.7f, 0.01f);
+  hash.add(dx);
+  kernels.gradient_each(x.data(), y.data(), dx.data(), count, factor.data(), shift.data(), factor.data(), shift.data());
+  hash.add(dx);
+  kernels.add_run(x.data(), y.data(), dx.data(), count);
+  hash.add(dx);
+  for (const bool quantize : {false, true}) {
+    const NormSteps steps{0.0f, 6.0f, quantize, 0.05f, 3.0f, {0.0f, 100.0f}};
+    kernels.norm_run(x.data(), y.data(), bits.data(), count, 0.7f, 0.3f, steps);
+    hash.add(y), hash.add(bits);
+    kernels.norm_each(x.data(), y.data(), bits.data(), count, factor.data(), shift.data(), steps);
+    hash.add(y), hash.add(bits);
+  }
+  hash.print("norm", number);
+}
+
 }  // namespace
 
 void run_training(const char* isa, int count) {
@@ -104,6 +141,7 @@ void run_training(const char* isa, int count) {
     run_case(kernels.f32, "training_f32", i);
     run_case(kernels.bf16, "training_bf16", i);
     run_sums(kernels, i);
+    run_norm(kernels.norm, i);
   }
 }
 

@@ -13,6 +13,7 @@ from native_cases import same_bits
 from torch import Tensor, nn
 
 from qat import native
+from qat.encoding import Encoding
 from qat.quantizers import QUANTIZE, WeightFakeQuantize, weight
 from qat.scheme import PER_TENSOR, Granularity, ObserverSpec, Scheme
 
@@ -126,6 +127,8 @@ def test_only_bits_are_saved_and_gamma_gets_no_gradient(operators: None) -> None
     quantizer = WeightFakeQuantize(Scheme("int8", symmetric=True), "w", (4, 2, 3, 3), bn)
     quantizer.set_phase(QUANTIZE)
     w = torch.randn(4, 2, 3, 3, requires_grad=True)
+    # a grid that does not follow the weight, and clamps some of it
+    quantizer.load_encoding(Encoding.from_range(torch.tensor(-0.5), torch.tensor(0.5), quantizer.scheme))
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
         y = quantizer(w)
@@ -216,3 +219,24 @@ def test_compiled_without_a_graph_break(operators: None, dynamic: bool) -> None:
 def test_bad_input_is_a_message(operators: None, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         torch.ops.qat.fake_quantize_weight_forward(*arguments(**changes))
+
+
+def test_a_grid_that_clamps_nothing_passes_the_gradient_on() -> None:
+    weight = torch.randn(6, 5, 3, 3, requires_grad=True)
+    quantizer = WeightFakeQuantize(Scheme(dtype="int8", symmetric=True), "w", tuple(weight.shape))
+    quantizer.set_phase(QUANTIZE)
+    grad = torch.randn(6, 5, 3, 3)
+    (given,) = torch.autograd.grad(quantizer(weight), weight, grad)
+    assert torch.equal(given, grad)
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 40])
+def test_whether_all_bits_are_set(operators: None, n: int) -> None:
+    bits = torch.full(((n + 7) // 8,), 255, dtype=torch.uint8)
+    assert torch.ops.qat._all_set(bits, n)
+    for i in range(n):
+        torn = bits.clone()
+        torn[i // 8] &= 255 - (1 << i % 8)
+        assert not torch.ops.qat._all_set(torn, n)
+    with pytest.raises(RuntimeError, match="give what a forward pass returned"):
+        torch.ops.qat._all_set(bits, n + 9)
