@@ -111,7 +111,7 @@ def test_memory_formats_are_kept_and_only_bits_are_saved(operators: None) -> Non
     x = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last).requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        y = native.fake_quantize(x, torch.tensor(0.1), torch.tensor(0), -128, 127)
+        y = native.fake_quantize(x, torch.tensor(0.01), torch.tensor(0), -128, 127)
     assert [(t.dtype, t.numel()) for t in kept] == [(torch.uint8, 50)]
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert y.is_contiguous(memory_format=torch.channels_last)
