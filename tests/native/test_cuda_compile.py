@@ -71,7 +71,7 @@ def test_the_library_loads_beside_a_torch_without_cuda(build: dict[str, Any], tm
         "print(all(has(f'qat::{name}', 'CUDA') for name in sys.argv[2:]))\n"
         "from qat.native import operators\n"
         "from torch._subclasses import FakeTensorMode\n"
-        "torch.library.register_fake('qat::int8_conv2d', operators._fake_conv2d)\n"
+        "torch.library.register_fake('qat::int8_conv2d', int8._fake_conv2d)\n"
         "with FakeTensorMode():\n"
         "    x = torch.empty(2, 9, 7, 4, dtype=torch.uint8)\n"
         "    w = torch.empty(5, 3, 2, 4, dtype=torch.int8)\n"
