@@ -147,10 +147,6 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: 
             "range PyTorch": lambda: torch.aminmax(x),
             "histogram native": lambda: native.observe_histogram(x, counts, low, high, nonfinite),
             "histogram PyTorch": lambda: observer.observe(x),
-            "forward and histogram native": lambda: native.fake_quantize_histogram(
-                leaf, *one, (counts, low, high, nonfinite)
-            ),
-            "forward and histogram PyTorch": lambda: (pytorch(leaf, one, None), observer.observe(x)),
         },
         rounds,
     )

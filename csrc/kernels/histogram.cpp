@@ -38,45 +38,69 @@ void forget_nonfinite(const HistogramOut& out, int64_t channels) {
   }
 }
 
-// One thread's counters. Neighbouring elements are often equal, and a counter that is raised twice in a row waits for its
-// own store: there are two tables, for even and odd places. Zeros, half of what leaves a ReLU, are not in the lists.
+// One thread's counters, all zero between two uses: the memory stays, for clearing it would take longer than counting a
+// small tensor. Neighbouring elements are often equal, and a counter that is raised twice in a row waits for its own
+// store: there are two tables, for even and odd places. Zeros, half of what leaves a ReLU, are not in the lists.
 class Tables {
  public:
-  explicit Tables(int64_t bins) : bins_(bins), counts_(static_cast<size_t>(2 * bins)) {}
-
-  void count(const uint32_t* bins, int64_t n) {
-    uint32_t *even = counts_.data(), *odd = even + bins_;
-    int64_t i = 0;
-    for (; i + 2 <= n; i += 2) {
-      ++even[bins[i]];
-      ++odd[bins[i + 1]];
-    }
-    if (i < n) ++even[bins[i]];
+  explicit Tables(int64_t bins) : bins_(bins) {
+    if (memory().size() < static_cast<size_t>(2 * bins)) memory().resize(static_cast<size_t>(2 * bins));
+    even_ = memory().data();
+    odd_ = even_ + bins;
   }
 
-  // Bins beyond those of the extrema were never raised, but for nan and infinities.
-  void add_to(int64_t* counts, const Extrema& extrema, int shift) const {
+  void count(const uint32_t* bins, int64_t n) {
+    int64_t i = 0;
+    for (; i + 2 <= n; i += 2) {
+      ++even_[bins[i]];
+      ++odd_[bins[i + 1]];
+    }
+    if (i < n) ++even_[bins[i]];
+  }
+
+  // Empties the tables. Bins beyond those of the extrema were never raised, but for nan and infinities.
+  void move_to(int64_t* counts, const Extrema& extrema, int shift) {
     const auto last = [&](float x) { return static_cast<int64_t>(pattern_of(x) >> shift) + 1; };
-    if (extrema.high >= 0.0f) add(counts, 0, last(extrema.high + 0.0f));
-    if (extrema.low <= 0.0f) add(counts, bins_ / 2, last(-std::abs(extrema.low)));
+    const int64_t half = bins_ / 2;
+    if (extrema.nonfinite > 0) {
+      move(counts, 0, bins_);
+      return;
+    }
+    if (extrema.high >= 0.0f) move(counts, 0, last(extrema.high + 0.0f));
+    if (extrema.low <= 0.0f) move(counts, half, last(-std::abs(extrema.low)));
   }
 
  private:
-  void add(int64_t* counts, int64_t from, int64_t to) const {
-    const uint32_t *even = counts_.data(), *odd = even + bins_;
-    for (int64_t bin = from; bin < to; ++bin) counts[bin] += int64_t{even[bin]} + odd[bin];
+  static std::vector<uint32_t>& memory() {
+    thread_local std::vector<uint32_t> counters;
+    return counters;
+  }
+
+  // Most bins are empty, in long stretches.
+  void move(int64_t* counts, int64_t from, int64_t to) {
+    constexpr int64_t stretch = 64;
+    for (; from < to; from += stretch) {
+      const int64_t n = std::min(stretch, to - from);
+      uint32_t *const even = even_ + from, *const odd = odd_ + from;
+      uint32_t any = 0;
+      for (int64_t i = 0; i < n; ++i) any |= even[i] | odd[i];
+      if (any == 0) continue;
+      for (int64_t i = 0; i < n; ++i) counts[from + i] += int64_t{even[i]} + odd[i];
+      std::fill_n(even, n, 0u);
+      std::fill_n(odd, n, 0u);
+    }
   }
 
   int64_t bins_;
-  std::vector<uint32_t> counts_;
+  uint32_t *even_, *odd_;
 };
 
-// One channel; also(begin, end) is called for every block while it is in the cache.
-template <class T, class Also>
+// One channel.
+template <class T>
 void one_channel(const TypedKernels<T>& kernels, ParallelFor parallel, int64_t threads, const T* x, int64_t n,
-                 const HistogramOut& out, const Also& also) {
-  // Tables take time to clear and to add up: only for many elements. 32-bit counters, so not for too many.
-  const int64_t worth_a_table = 2 * out.bins() / block, most = (int64_t{1} << 31) / block;
+                 const HistogramOut& out, BlockWriter writer) {
+  // Tables take time to add up: only for many elements. 32-bit counters, so not for too many.
+  const int64_t worth_a_table = 32, most = (int64_t{1} << 31) / block;
   const int64_t blocks = blocks_of(n);
   const bool own = blocks >= worth_a_table;
   const int shift = shift_of(out);
@@ -88,6 +112,7 @@ void one_channel(const TypedKernels<T>& kernels, ParallelFor parallel, int64_t t
     int64_t zeros = 0;
     for (int64_t begin = first; begin < last; begin += block) {
       const int64_t end = std::min(begin + block, last);
+      writer(begin, end);
       const int64_t found = kernels.bins_run(x + begin, end - begin, shift, bins, &extrema);
       zeros += end - begin - found;
       if (own) {
@@ -95,10 +120,9 @@ void one_channel(const TypedKernels<T>& kernels, ParallelFor parallel, int64_t t
       } else {
         for (int64_t i = 0; i < found; ++i) ++out.counts[bins[i]];
       }
-      also(begin, end);
     }
     const std::lock_guard<std::mutex> lock(mutex);
-    if (own) tables.add_to(out.counts, extrema, shift);
+    if (own) tables.move_to(out.counts, extrema, shift);
     out.counts[0] += zeros;
     merge(extrema, 0, out.extrema);
   };
@@ -153,10 +177,10 @@ void some_channels(const TypedKernels<T>& kernels, const T* x, Layout layout, in
 
 template <class T>
 void observe_histogram(const Kernels& kernels, ParallelFor parallel, int64_t threads, const T* x, Layout layout,
-                       const HistogramOut& out) {
+                       const HistogramOut& out, BlockWriter writer) {
   const TypedKernels<T>& k = typed<T>(kernels);
   if (layout.channels == 1) {
-    one_channel(k, parallel, threads, x, layout.size(), out, [](int64_t, int64_t) {});
+    one_channel(k, parallel, threads, x, layout.size(), out, writer);
   } else {
     struct Context {
       const TypedKernels<T>& kernels;
@@ -178,23 +202,9 @@ void observe_histogram(const Kernels& kernels, ParallelFor parallel, int64_t thr
   forget_nonfinite(out, layout.channels);
 }
 
-template <class T>
-void fake_quantize_histogram(const Kernels& kernels, ParallelFor parallel, int64_t threads, const T* x, T* y,
-                             uint8_t* bits, int64_t n, float scale, float zero_point, Range range,
-                             const HistogramOut& out) {
-  const TypedKernels<T>& k = typed<T>(kernels);
-  one_channel(k, parallel, threads, x, n, out, [&](int64_t begin, int64_t end) {
-    k.quantize_run(x + begin, y + begin, bits == nullptr ? nullptr : bits + begin / 8, end - begin, scale, zero_point,
-                   range);
-  });
-  forget_nonfinite(out, 1);
-}
-
-#define QAT_INSTANTIATE(T)                                                                                      \
-  template void observe_histogram<T>(const Kernels&, ParallelFor, int64_t, const T*, Layout,                    \
-                                     const HistogramOut&);                                                      \
-  template void fake_quantize_histogram<T>(const Kernels&, ParallelFor, int64_t, const T*, T*, uint8_t*, int64_t, \
-                                           float, float, Range, const HistogramOut&);
+#define QAT_INSTANTIATE(T)                                                                   \
+  template void observe_histogram<T>(const Kernels&, ParallelFor, int64_t, const T*, Layout, \
+                                     const HistogramOut&, BlockWriter);
 QAT_INSTANTIATE(float)
 QAT_INSTANTIATE(uint16_t)
 #undef QAT_INSTANTIATE

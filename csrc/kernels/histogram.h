@@ -1,4 +1,4 @@
-// Histograms of whole tensors by the upper bits of the float32 patterns, alone or while fake-quantizing.
+// Histograms of whole tensors by the upper bits of the float32 patterns.
 #pragma once
 
 #include "training.h"
@@ -14,15 +14,9 @@ struct HistogramOut {
 };
 
 // Counts the elements, nan and infinities into no bin, and widens the extrema. `threads`: how many parts are worth
-// counters of their own.
+// counters of their own. `writer`: of one channel only.
 template <class T>
 void observe_histogram(const Kernels& kernels, ParallelFor parallel, int64_t threads, const T* x, Layout layout,
-                       const HistogramOut& out);
-
-// Also fake-quantizes with one grid, as `fake_quantize`, in the same pass over memory. For one channel.
-template <class T>
-void fake_quantize_histogram(const Kernels& kernels, ParallelFor parallel, int64_t threads, const T* x, T* y,
-                             uint8_t* bits, int64_t n, float scale, float zero_point, Range range,
-                             const HistogramOut& out);
+                       const HistogramOut& out, BlockWriter writer = {});
 
 }  // namespace qat

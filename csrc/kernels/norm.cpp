@@ -2,7 +2,7 @@
 
 #include <mutex>
 
-#include "blocks.h"
+#include "norm_blocks.h"
 
 namespace qat {
 namespace {
@@ -73,17 +73,6 @@ void over_channels(const Layout& layout, int64_t begin, int64_t end, const Rows&
   }
 }
 
-// A block of one channel gets run(channel), any other each().
-template <class Run, class Each>
-void by_block(const Layout& layout, int64_t begin, int64_t end, const Run& run, const Each& each) {
-  const int64_t index = begin / layout.inner;
-  if ((end - 1) / layout.inner == index) {
-    run(index % layout.channels);
-  } else {
-    each();
-  }
-}
-
 }  // namespace
 
 void channel_moments(const Kernels& kernels, ParallelFor parallel, const float* x, Layout layout,
@@ -118,25 +107,9 @@ void channel_moments(const Kernels& kernels, ParallelFor parallel, const float* 
 
 void norm_quantize(const Kernels& kernels, ParallelFor parallel, const float* x, float* y, uint8_t* bits, Layout layout,
                    const NormPass& pass) {
-  NormSteps steps{pass.bounds.low, pass.bounds.high, pass.grid != nullptr, 1.0f, 0.0f, pass.codes};
-  if (pass.grid != nullptr) {
-    steps.scale = pass.grid->scale;
-    steps.zero_point = static_cast<float>(pass.grid->zero_point);
-  }
-  const Spread factors(layout, pass.factor), shifts(layout, pass.shift);
+  const NormBlocks blocks(kernels, x, y, bits, layout, pass);
   over_blocks(parallel, layout.size(), grain, [&](int64_t first, int64_t last) {
-    float factor[block], shift[block];
-    for (int64_t begin = first; begin < last; begin += block) {
-      const int64_t end = std::min(begin + block, last), n = end - begin;
-      uint8_t* const to = bits == nullptr ? nullptr : bits + begin / 8;
-      by_block(
-          layout, begin, end,
-          [&](int64_t c) { kernels.norm.norm_run(x + begin, y + begin, to, n, pass.factor[c], pass.shift[c], steps); },
-          [&] {
-            kernels.norm.norm_each(x + begin, y + begin, to, n, factors.of(begin, end, factor),
-                                   shifts.of(begin, end, shift), steps);
-          });
-    }
+    for (int64_t begin = first; begin < last; begin += block) blocks.write(begin, std::min(begin + block, last));
   });
 }
 

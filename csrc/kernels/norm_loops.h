@@ -11,8 +11,8 @@ inline typename V::Float norm_vector(typename V::Float x, typename V::Float fact
                                      typename V::Float low, typename V::Float high, typename V::Mask& inside) {
   const auto v = V::add(V::mul(x, factor), shift);
   inside = V::both(V::less(low, v), V::less(v, high));
-  // nan becomes zero, whose code it gets without an activation too
-  return V::keep(V::ordered(v), V::min(V::max(v, low), high));
+  // activations let nan through
+  return V::select(V::ordered(v), V::min(V::max(v, low), high), v);
 }
 
 struct OneAffine {
@@ -206,14 +206,18 @@ inline void gradient_each(const float* __restrict g, const float* __restrict x, 
   for (int64_t i = 0; i < n; ++i) dx[i] = g[i] * factor[i] + ((x[i] - center[i]) * slope[i] + offset[i]);
 }
 
-inline void add_run(const float* x, const float* other, float* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] = x[i] + other[i];
+// Vectors by hand: the compiler would take single elements where y is x.
+template <class V>
+void add_run(const float* x, const float* other, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) V::store(y + i, V::add(V::load(x + i), V::load(other + i)));
+  for (; i < n; ++i) y[i] = x[i] + other[i];
 }
 
 template <class V>
 constexpr NormKernels norm_kernels() {
   return {&norm_run<V>,   &norm_each<V>,  &moments_rows,  &moments_run, &products_rows,
-          &products_run,  &gradient_run,  &gradient_each, &add_run};
+          &products_run,  &gradient_run,  &gradient_each, &add_run<V>};
 }
 
 template <class V>

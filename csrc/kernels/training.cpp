@@ -36,11 +36,16 @@ void mask_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, 
 }
 
 template <class T>
-void observe_extrema(const Kernels& kernels, ParallelFor parallel, const T* x, Layout layout, ExtremaOut extrema) {
+void observe_extrema(const Kernels& kernels, ParallelFor parallel, const T* x, Layout layout, ExtremaOut extrema,
+                     BlockWriter writer) {
   std::mutex mutex;
   over_blocks(parallel, layout.size(), grain, [&](int64_t first, int64_t last) {
     LocalExtrema local(layout);
-    local.widen(typed<T>(kernels), x + first, first, last);
+    for (int64_t begin = first; begin < last; begin += block) {
+      const int64_t end = std::min(begin + block, last);
+      writer(begin, end);
+      local.widen(typed<T>(kernels), x + begin, begin, end);
+    }
     const std::lock_guard<std::mutex> lock(mutex);
     local.merge_into(extrema);
   });
@@ -50,7 +55,7 @@ void observe_extrema(const Kernels& kernels, ParallelFor parallel, const T* x, L
   template void fake_quantize<T>(const Kernels&, ParallelFor, const T*, T*, uint8_t*, Layout, const float*,         \
                                  const float*, Range, const ExtremaOut*);                                           \
   template void mask_gradient<T>(const Kernels&, ParallelFor, const T*, const uint8_t*, T*, int64_t);               \
-  template void observe_extrema<T>(const Kernels&, ParallelFor, const T*, Layout, ExtremaOut);
+  template void observe_extrema<T>(const Kernels&, ParallelFor, const T*, Layout, ExtremaOut, BlockWriter);
 QAT_INSTANTIATE(float)
 QAT_INSTANTIATE(uint16_t)
 #undef QAT_INSTANTIATE

@@ -2,34 +2,13 @@
 #include <cmath>
 
 #include "../kernels/norm.h"
-#include "tensors.h"
+#include "norm_arguments.h"
 
 namespace {
 
 using namespace qat::ops;
-using OptionalTensor = std::optional<Tensor>;
 
 constexpr float inf = std::numeric_limits<float>::infinity();
-
-void check_float(const Tensor& x, const char* name) {
-  check_cpu(x, name);
-  check(x.scalar_type() == ScalarType::Float,
-        std::string(name) + " is not float32; convert it, or use the PyTorch path");
-}
-
-bool same_shape(const Tensor& a, const Tensor& b) {
-  return a.dim() == b.dim() && std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin());
-}
-
-std::vector<float> by_channel(const OptionalTensor& given, const char* name, int64_t count, float missing) {
-  if (!given.has_value()) return std::vector<float>(static_cast<size_t>(count), missing);
-  check_float(*given, name);
-  check(given->numel() == count, std::to_string(given->numel()) + " values in " + name + " for " +
-                                     std::to_string(count) + " channels; give the batch norm's");
-  const Tensor values = torch::stable::contiguous(*given);
-  const float* const data = values.const_data_ptr<float>();
-  return {data, data + count};
-}
 
 // The quantizer of the result: its buffers, and how it follows the batches.
 struct Quantizer {

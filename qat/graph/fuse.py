@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from qat.quantizers import FakeQuantize
 from qat.quantizers.fused import activation_bounds, add_fake_quantize, has_norm_pass, norm_fake_quantize
 
 _FUNCTIONS: dict[Any, str] = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
+_LAYERS = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear})
 _ADDITIONS = frozenset({operator.add, torch.add, "add"})
 _ADDITIONS_IN_PLACE = frozenset({operator.iadd, "add_"})
 
@@ -54,11 +56,14 @@ def _fuse_into(graph: fx.Graph, quantizer: fx.Node, root: nn.Module) -> None:
     operands = _operands(head, root)
     if operands is None:
         return
-    function, inputs = operands
+    function, inputs, makers = operands
     with graph.inserting_before(quantizer):
         arguments = [i if isinstance(i, fx.Node) else graph.get_attr(i) for i in inputs]
         passed = activation if activation is None or activation in _FUNCTIONS.values() else graph.get_attr(activation)
-        call = graph.call_function(function, (*arguments, passed, graph.get_attr(str(quantizer.target))))
+        arguments += [passed, graph.get_attr(str(quantizer.target))]
+        call = graph.call_function(
+            function, tuple(arguments), {"makers": tuple(graph.get_attr(path) for path in makers)}
+        )
     call.meta = dict(quantizer.meta)
     quantizer.replace_all_uses_with(call)
     graph.erase_node(quantizer)
@@ -83,16 +88,30 @@ def _activation(node: fx.Node, root: nn.Module) -> tuple[str | None, fx.Node | N
     return None, None
 
 
-def _operands(node: fx.Node, root: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """Return the fused function of a chain's head, and what it reads: nodes, and paths of modules."""
+def _operands(node: fx.Node, root: nn.Module) -> tuple[Callable[..., Any], tuple[Any, ...], tuple[str, ...]] | None:
+    """Return the fused function of a chain's head, what it reads, and who made the first; modules by paths."""
     if node.op == "call_module" and len(node.args) == 1 and not node.kwargs and has_norm_pass(_module(root, node)):
-        return norm_fake_quantize, (node.args[0], str(node.target))
+        return norm_fake_quantize, (node.args[0], str(node.target)), _makers(node.args[0], root)
     if node.op not in ("call_function", "call_method") or len(node.args) != 2 or node.kwargs:
         return None
     x, other = node.args
     if not isinstance(x, fx.Node) or not isinstance(other, fx.Node):
         return None
     # who reads the first operand after it was added to in place reads the sum
-    if node.target in _ADDITIONS or (node.target in _ADDITIONS_IN_PLACE and len(x.users) == 1):
-        return add_fake_quantize, (x, other)
-    return None
+    if node.target not in _ADDITIONS and not (node.target in _ADDITIONS_IN_PLACE and len(x.users) == 1):
+        return None
+    # a sum may overwrite either operand
+    first, second = (x, other) if _makers(x, root) or not _makers(other, root) else (other, x)
+    return add_fake_quantize, (first, second), _makers(first, root)
+
+
+def _makers(node: Any, root: nn.Module) -> tuple[str, ...]:
+    """Return the modules that make a tensor for one reader, in memory of its own; none for any other tensor."""
+    if not isinstance(node, fx.Node) or len(node.users) != 1:
+        return ()
+    if node.op == "call_function" and node.target is norm_fake_quantize:
+        # what it was made from may be this memory, and nobody else reads that
+        return tuple(str(n.target) for n in node.args[1:] if isinstance(n, fx.Node))
+    if node.op == "call_module" and type_before_parametrizations(_module(root, node)) in _LAYERS:
+        return (str(node.target),)
+    return ()

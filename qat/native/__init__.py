@@ -3,7 +3,15 @@
 from qat.native.learned import fake_quantize_learned
 from qat.native.loading import Status, status
 from qat.native.norm import Grid, Norm, add_quantize, norm_quantize
-from qat.native.observers import clip_ranges, fake_quantize_histogram, observe_histogram, observe_minmax, observe_range
+from qat.native.norm_statistics import add_observe, norm_observe
+from qat.native.observers import (
+    Statistics,
+    clip_ranges,
+    observe,
+    observe_histogram,
+    observe_minmax,
+    observe_range,
+)
 from qat.native.operators import fake_quantize, fake_quantize_observe
 from qat.native.ranges import BatchNormFactor, GridRule, fake_quantize_track, fake_quantize_weight
 
@@ -12,16 +20,19 @@ __all__ = [
     "Grid",
     "GridRule",
     "Norm",
+    "Statistics",
     "Status",
+    "add_observe",
     "add_quantize",
     "clip_ranges",
     "fake_quantize",
-    "fake_quantize_histogram",
     "fake_quantize_learned",
     "fake_quantize_observe",
     "fake_quantize_track",
     "fake_quantize_weight",
+    "norm_observe",
     "norm_quantize",
+    "observe",
     "observe_histogram",
     "observe_minmax",
     "observe_range",

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 #: The `interface_version` of csrc/torch/ops.cpp that the Python code of this package calls.
-_INTERFACE = 4
+_INTERFACE = 5
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ def load(path: Path) -> Status:
     # dlopen, the stable ABI and torch.library all have errors of their own
     except Exception as error:  # noqa: BLE001
         return Status(False, f"{path.name} does not load: {' '.join(str(error).split())[:200]}", path=path)
-    from qat.native import int8, learned, norm, observers, operators, ranges
+    from qat.native import int8, learned, norm, norm_statistics, observers, operators, ranges
 
-    for part in (operators, observers, ranges, learned, norm, int8):
+    for part in (operators, observers, ranges, learned, norm, norm_statistics, int8):
         part.register()
     cuda = hasattr(torch.ops.qat, "int8_gemm")
     return Status(True, f"built, and this processor runs {isa}", isa, path, cuda=cuda)

@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from qat.native.operators import axis_of, fake_extrema, straight_through
+from qat.native.operators import axis_of, fake_extrema
 from qat.native.ranges import GridRule
+
+
+class Statistics(NamedTuple):
+    """The buffers of an observer, which a batch changes in place.
+
+    Attributes:
+        low: float32, one value or (C,), contiguous: the smallest so far; above `high` before the first.
+        high: The largest, likewise.
+        nonfinite: int64, one value: elements that were nan or infinite.
+        counts: int64, (B,) or (C, B) with B = 2**(9 + mantissa_bits); None for the range alone.
+        mantissa_bits: Of the bins.
+        momentum: Weight of a batch in a moving average of the range; None to widen it. Not with counts.
+    """
+
+    low: Tensor
+    high: Tensor
+    nonfinite: Tensor
+    counts: Tensor | None = None
+    mantissa_bits: int = 7
+    momentum: float | None = None
+
+
+def observe(x: Tensor, statistics: Statistics, axis: int | None = None) -> None:
+    """Take a batch into the buffers of an observer: `observe_histogram` or `observe_range`."""
+    low, high, nonfinite, counts, mantissa_bits, momentum = statistics
+    if counts is None:
+        observe_range(x, low, high, nonfinite, axis, momentum)
+    else:
+        observe_histogram(x, counts, low, high, nonfinite, axis, mantissa_bits)
 
 
 def observe_minmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,30 +92,6 @@ def observe_histogram(
     torch.ops.qat.observe_histogram(x.detach(), counts, low, high, nonfinite, axis_of(x, axis), mantissa_bits)
 
 
-def fake_quantize_histogram(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    state: tuple[Tensor, Tensor, Tensor, Tensor],
-    mantissa_bits: int = 7,
-) -> Tensor:
-    """Return `fake_quantize(x, ...)`, per-tensor, and in the same pass over memory count `x` as `observe_histogram`.
-
-    Args:
-        x: Any shape.
-        scale: As in `fake_quantize`.
-        zero_point: Likewise.
-        qmin: Likewise.
-        qmax: Likewise.
-        state: The buffers counts, low, high and nonfinite of `observe_histogram`.
-        mantissa_bits: 0 to 10.
-    """
-    operator = torch.ops.qat.fake_quantize_histogram_forward.default
-    return straight_through(operator, x, scale, zero_point, qmin, qmax, *state, mantissa_bits)
-
-
 def clip_ranges(
     counts: Tensor,
     low: Tensor,
@@ -120,28 +127,11 @@ def register() -> None:
     torch.library.register_fake("qat::observe_minmax", fake_extrema)
     torch.library.register_fake("qat::observe_range", _nothing)
     torch.library.register_fake("qat::observe_histogram", _nothing)
-    torch.library.register_fake("qat::fake_quantize_histogram_forward", _fake_histogram)
     torch.library.register_fake("qat::clip_ranges", _fake_ranges)
 
 
 def _nothing(*_: object) -> None:
     return None
-
-
-def _fake_histogram(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    qmin: int,
-    qmax: int,
-    counts: Tensor,
-    low: Tensor,
-    high: Tensor,
-    nonfinite: Tensor,
-    mantissa_bits: int = 7,
-    with_mask: bool = True,
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(((x.numel() + 7) // 8 if with_mask else 0,), dtype=torch.uint8)
 
 
 def _fake_ranges(counts: Tensor, low: Tensor, high: Tensor, *_: object) -> tuple[Tensor, Tensor]:

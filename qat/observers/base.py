@@ -116,8 +116,16 @@ class Observer(nn.Module, ABC):
             high: Its largest finite values, likewise; -inf where a channel has none.
         """
 
+    def statistics(self) -> native.Statistics | None:
+        """Return the buffers that the native extension may change instead of `_update`; None where it may not."""
+        return None
+
     def _update_natively(self, x: Tensor) -> None:
-        """Do the work of `_update`, and count into `nonfinite`, by the native extension; to be made faster."""
+        """Do the work of `_update`, and count into `nonfinite`, by the native extension."""
+        statistics = self.statistics()
+        if statistics is not None:
+            native.observe(x, statistics, self._native_axis)
+            return
         low, high, nonfinite = native.observe_minmax(x, self._native_axis)
         self._update(x, low, high)
         self.nonfinite += nonfinite
@@ -166,6 +174,10 @@ class Observer(nn.Module, ABC):
             self._update(x, low.to(torch.float32), high.to(torch.float32))
             if nonfinite is not None:
                 self.nonfinite += nonfinite
+        self.count_samples(x)
+
+    def count_samples(self, x: Tensor) -> None:
+        """Take note of a batch whose elements went into the buffers."""
         self.samples += x.shape[0] if x.dim() else 1
 
     def _is_for_native(self, x: Tensor) -> bool:

@@ -78,10 +78,9 @@ class BinnedObserver(Observer):
         per_sign = self.counts.view(*self.counts.shape[:-1], 2, self.bins // 2)
         per_sign[..., -(1 << self.mantissa_bits) :] = 0
 
-    def _update_natively(self, x: Tensor) -> None:
-        native.observe_histogram(
-            x, self.counts, self.min_val, self.max_val, self.nonfinite, self._native_axis, self.mantissa_bits
-        )
+    def statistics(self) -> native.Statistics:
+        """Return the counts and the range."""
+        return native.Statistics(self.min_val, self.max_val, self.nonfinite, self.counts, self.mantissa_bits)
 
     def magnitudes(self) -> tuple[Tensor, Tensor]:
         """Return the counts of negative and of other elements by growing magnitude, int64, (C or 1, H)."""

@@ -21,8 +21,9 @@ class MinMaxObserver(Observer):
         self.min_val.copy_(torch.minimum(self.min_val, low))
         self.max_val.copy_(torch.maximum(self.max_val, high))
 
-    def _update_natively(self, x: Tensor) -> None:
-        native.observe_range(x, self.min_val, self.max_val, self.nonfinite, self._native_axis)
+    def statistics(self) -> native.Statistics:
+        """Return the range."""
+        return native.Statistics(self.min_val, self.max_val, self.nonfinite)
 
     def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return self.min_val.cpu().to(torch.float64), self.max_val.cpu().to(torch.float64)

@@ -41,8 +41,9 @@ class MovingAverageObserver(Observer):
             moved = (old + momentum * (batch.to(torch.float64) - old)).to(torch.float32)
             state.copy_(torch.where(absent, state, torch.where(first, batch, moved)))
 
-    def _update_natively(self, x: Tensor) -> None:
-        native.observe_range(x, self.min_val, self.max_val, self.nonfinite, self._native_axis, self.options["momentum"])
+    def statistics(self) -> native.Statistics:
+        """Return the range, and the weight of a batch."""
+        return native.Statistics(self.min_val, self.max_val, self.nonfinite, momentum=self.options["momentum"])
 
     def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         return self.min_val.cpu().to(torch.float64), self.max_val.cpu().to(torch.float64)

@@ -1,4 +1,4 @@
-"""Batch norm or an addition, its activation and its fake quantizer as one call, for training.
+"""Batch norm or an addition, its activation and its quantizer as one call: for training, and for calibration.
 
 Each function computes what the modules compute one after the other, with the same state, up to the rounding of float32:
 by one native operator where there is one for the case, else by calling the modules.
@@ -40,7 +40,9 @@ def has_norm_pass(norm: nn.Module) -> bool:
     return type(norm) in _DIMS
 
 
-def norm_fake_quantize(x: Tensor, norm: nn.Module, activation: Activation, quantizer: FakeQuantize) -> Tensor:
+def norm_fake_quantize(
+    x: Tensor, norm: nn.Module, activation: Activation, quantizer: FakeQuantize, makers: tuple[nn.Module, ...] = ()
+) -> Tensor:
     """Return `quantizer(activation(norm(x)))`.
 
     Args:
@@ -48,6 +50,7 @@ def norm_fake_quantize(x: Tensor, norm: nn.Module, activation: Activation, quant
         norm: A batch norm.
         activation: What follows it.
         quantizer: Of the result.
+        makers: The modules that made `x`, for this call alone: without gradients the result may overwrite it.
     """
     bounds = activation_bounds(activation)
     if bounds is None or not _has_native_norm(x, norm) or _is_hooked(norm, activation):
@@ -61,12 +64,18 @@ def norm_fake_quantize(x: Tensor, norm: nn.Module, activation: Activation, quant
         norm.weight, norm.bias, norm.running_mean if kept else None, norm.running_var if kept else None, statistics,
         norm.momentum or 0.0, norm.eps,
     )  # fmt: skip
+    if not statistics and _is_observed(quantizer) and not _needs_gradient(x, norm.weight, norm.bias):
+        y = native.norm_observe(x, values, bounds, _statistics(quantizer), in_place=_is_free(makers))
+        quantizer.observer.count_samples(y)
+        return y
     if not _is_simple(quantizer):
         return quantizer(native.norm_quantize(x, values, bounds, None))  # type: ignore[no-any-return]
     return native.norm_quantize(x, values, bounds, _grid(quantizer))
 
 
-def add_fake_quantize(x: Tensor, other: Tensor, activation: Activation, quantizer: FakeQuantize) -> Tensor:
+def add_fake_quantize(
+    x: Tensor, other: Tensor, activation: Activation, quantizer: FakeQuantize, makers: tuple[nn.Module, ...] = ()
+) -> Tensor:
     """Return `quantizer(activation(x + other))`.
 
     Args:
@@ -74,11 +83,16 @@ def add_fake_quantize(x: Tensor, other: Tensor, activation: Activation, quantize
         other: Likewise; shapes broadcast.
         activation: What follows the addition.
         quantizer: Of the result.
+        makers: As in `norm_fake_quantize`.
     """
     bounds = activation_bounds(activation)
     fits = isinstance(other, Tensor) and isinstance(x, Tensor) and x.shape == other.shape and x.numel() > 0
     if bounds is None or not fits or not (_is_native(x) and _is_native(other)) or _is_hooked(activation):
         return quantizer(_activate(activation, x + other))  # type: ignore[no-any-return]
+    if _is_observed(quantizer) and not _needs_gradient(x, other):
+        y = native.add_observe(x, other, bounds, _statistics(quantizer), in_place=_is_free(makers))
+        quantizer.observer.count_samples(y)
+        return y
     if not _is_simple(quantizer):
         return quantizer(native.add_quantize(x, other, bounds, None))  # type: ignore[no-any-return]
     return native.add_quantize(x, other, bounds, _grid(quantizer))
@@ -132,6 +146,35 @@ def _is_simple(quantizer: FakeQuantize) -> bool:
         and quantizer.scale.device.type == "cpu"
         and not _is_hooked(quantizer)
     )
+
+
+def _is_observed(quantizer: FakeQuantize) -> bool:
+    """Tell whether a quantizer does nothing but observe one tensor, by statistics that a native pass can take."""
+    return (
+        quantizer.observing
+        and not quantizer.quantizing
+        and not (quantizer.tracking and quantizer.training)
+        and quantizer.fixed is None
+        and quantizer.scheme.granularity.kind == "per_tensor"
+        and quantizer.scale.device.type == "cpu"
+        and quantizer.observer.statistics() is not None
+        and not _is_hooked(quantizer)
+    )
+
+
+def _statistics(quantizer: FakeQuantize) -> native.Statistics:
+    statistics = quantizer.observer.statistics()
+    assert statistics is not None
+    return statistics
+
+
+def _is_free(makers: tuple[nn.Module, ...]) -> bool:
+    """Tell whether a tensor may be overwritten: hooks of the modules that made it may have kept it."""
+    return bool(makers) and not _is_hooked(*makers)
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _tracks(quantizer: FakeQuantize) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import qat
+from qat import native
 from qat.graph.fuse import fuse
 from qat.quantizers.fused import add_fake_quantize, norm_fake_quantize
 
@@ -190,3 +192,86 @@ def test_it_can_be_switched_off() -> None:
     qmodel = qat.optimize_for_training(prepared(), enabled=False)
     assert not qmodel.fused
     assert qat.optimize_for_training(qmodel).fused
+
+
+class Residual(nn.Module):
+    """As in residual networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(4, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        z = self.bn2(self.conv2(y))
+        z = z + y
+        return self.relu(z)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average"])
+@pytest.mark.parametrize("module", [Block, Residual])
+def test_calibration_in_fused_passes(module: type[nn.Module], observer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not native.status().active:
+        pytest.skip("the passes are native")
+    calls = []
+    for name in ("norm_observe", "add_observe"):
+        whole = getattr(native, name)
+
+        def counted(*args: Any, whole: Any = whole, **options: Any) -> Tensor:
+            calls.append(options["in_place"])
+            return whole(*args, **options)  # type: ignore[no-any-return]
+
+        monkeypatch.setattr(native, name, counted)
+    torch.manual_seed(0)
+    model, batches = module(), [images(seed).requires_grad_(False) for seed in range(3)]
+    scheme = {"activations": {"observer": {"name": observer}}}
+    made, before = [], [x.clone() for x in batches]
+    for fused in (True, False):
+        qmodel = qat.prepare(model, batches[:1], target=qat.load_target("arm-cpu"), scheme=scheme, fused=fused)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            qat.calibrate(qmodel, batches)
+        made.append(qmodel)
+    assert len(calls) == 3 * (4 if module is Block else 3)
+    # results of layers and of other passes are overwritten
+    assert all(calls)
+    assert all(torch.equal(a, b) for a, b in zip(batches, before, strict=True))
+    for (name, a), (_, b) in zip(*(m.named_buffers() for m in made), strict=True):
+        if name.endswith("counts"):
+            # rounding may move an element into the next bin
+            assert int(a.sum()) == int(b.sum())
+            assert float((a.cumsum(0) - b.cumsum(0)).abs().max()) <= 0.002 * float(a.sum())
+        elif name.endswith("zero_point"):
+            assert int((a - b).abs().max()) <= 1
+        else:
+            torch.testing.assert_close(a, b, rtol=2e-3 if observer == "histogram" else 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv1", "bn1", "bn2"])
+def test_calibration_leaves_what_hooks_keep(name: str) -> None:
+    torch.manual_seed(0)
+    model = Residual().eval()
+    # in place it would be the model that changes what the hook keeps
+    model.relu.inplace = False
+    qmodel = qat.prepare(model, images(), target=qat.load_target("arm-cpu"))
+    kept: list[Tensor] = []
+    for m in (qmodel, model):
+        m.get_submodule(name).register_forward_hook(lambda *given: kept.append(given[2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qat.calibrate(qmodel, [images()])
+    model(images())
+    torch.testing.assert_close(kept[0], kept[1])
+
+
+def test_nan_reaches_the_observers() -> None:
+    torch.manual_seed(0)
+    qmodel = qat.prepare(Residual(), images(), target=qat.load_target("arm-cpu")).eval()
+    qmodel.set_phase("observe")
+    bad = images()
+    bad[0, 0, 0, 0] = torch.nan
+    with torch.no_grad():
+        qmodel(bad)
+    assert all(int(q.observer.nonfinite) > 0 for q in qmodel.activation_quantizers().values())

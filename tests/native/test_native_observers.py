@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_cases import make, same_bits, tensors
+from native_cases import make, tensors
 from torch import Tensor
 
 from qat import native
@@ -138,21 +138,6 @@ def test_a_constant_of_either_sign_is_in_one_bin(isa: str, value: float) -> None
         assert low.item() == high.item() == float(x[0])
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(tensors(), st.sampled_from([7, 3]))
-def test_a_histogram_in_the_pass_of_a_fake_quantization(isa: str, x: Tensor, bits: int) -> None:
-    grid = (torch.tensor(0.05), torch.tensor(3), -8, 7)
-    state, alone = ([torch.zeros(512 << bits, dtype=torch.int64), *buffers()[1:]] for _ in range(2))
-    leaf, twin = x.detach().requires_grad_(), x.detach().requires_grad_()
-    y = native.fake_quantize_histogram(leaf, *grid, tuple(state), bits)  # type: ignore[arg-type]
-    native.observe_histogram(x, *alone, mantissa_bits=bits)
-    expected = native.fake_quantize(twin, *grid)
-    assert same_bits(y.detach(), expected.detach())
-    assert all(torch.equal(a, b) for a, b in zip(state, alone, strict=True))
-    gradients = [torch.autograd.grad(v.sum(), t)[0] for v, t in ((y, leaf), (expected, twin))]
-    assert torch.equal(*gradients)
-
-
 @st.composite
 def observed(draw: st.DrawFn) -> tuple[Observer, Scheme]:
     """A histogram observer that has seen some distribution, and the scheme that it chooses a range for."""
@@ -187,7 +172,7 @@ def test_opcheck(operators: None) -> None:
     for axis in (-1, 1):
         results = torch.library.opcheck(torch.ops.qat.observe_minmax.default, (torch.randn(3, 4, 5), axis))
         assert set(results.values()) == {"SUCCESS"}
-    x, one = torch.randn(3, 4), (torch.ones(1), torch.zeros(1))
+    x = torch.randn(3, 4)
     by_channel = (torch.zeros(4, 512, dtype=torch.int64), torch.zeros(4), torch.zeros(4), buffers()[3])
     doubles = [torch.rand(4, dtype=torch.float64) for _ in range(2)]
     for operator, arguments in (
@@ -195,7 +180,6 @@ def test_opcheck(operators: None) -> None:
         ("observe_histogram", (x, *by_channel, 1, 0)),
         ("observe_range", (x, *buffers()[1:])),
         ("observe_range", (x, *by_channel[1:], 1, 0.1)),
-        ("fake_quantize_histogram_forward", (x, *one, 0, 15, *buffers())),
         ("clip_ranges", (by_channel[0], *doubles, 0, 1.0, 0.01, 0, 15, False, 0, False)),
     ):
         results = torch.library.opcheck(getattr(torch.ops.qat, operator).default, arguments)
@@ -264,11 +248,6 @@ RULE = native.GridRule(0, 255, None, symmetric=False, middle=-1, power_of_two=Fa
             lambda: native.clip_ranges(buffers()[0], *DOUBLES, 7, RULE._replace(symmetric=True), 0.01),
             "middle is outside",
         ),
-        (
-            lambda: native.fake_quantize_histogram(torch.ones(3), torch.ones(2), ONE[1], 0, 15, buffers()),
-            "2 values in scale for 1 channels",
-        ),
-        (lambda: native.fake_quantize_histogram(torch.ones(3), *ONE, 15, 0, buffers()), "is empty or too wide"),
     ],
 )
 def test_what_does_not_fit_is_a_message(operators: None, call: Callable[[], object], message: str) -> None:

@@ -1,0 +1,56 @@
+// The pass of norm.h that writes, block by block: for whoever does something else with a block while it is in the cache.
+#pragma once
+
+#include "blocks.h"
+#include "norm.h"
+
+namespace qat {
+
+// A block of one channel gets run(channel), any other each().
+template <class Run, class Each>
+void by_block(const Layout& layout, int64_t begin, int64_t end, const Run& run, const Each& each) {
+  const int64_t index = begin / layout.inner;
+  if ((end - 1) / layout.inner == index) {
+    run(index % layout.channels);
+  } else {
+    each();
+  }
+}
+
+class NormBlocks {
+ public:
+  NormBlocks(const Kernels& kernels, const float* x, float* y, uint8_t* bits, const Layout& layout,
+             const NormPass& pass)
+      : kernels_(kernels.norm), x_(x), y_(y), bits_(bits), layout_(layout), factor_(pass.factor), shift_(pass.shift),
+        factors_(layout, pass.factor), shifts_(layout, pass.shift),
+        steps_{pass.bounds.low, pass.bounds.high, pass.grid != nullptr, 1.0f, 0.0f, pass.codes} {
+    if (pass.grid == nullptr) return;
+    steps_.scale = pass.grid->scale;
+    steps_.zero_point = static_cast<float>(pass.grid->zero_point);
+  }
+
+  void write(int64_t begin, int64_t end) const {
+    const int64_t n = end - begin;
+    uint8_t* const to = bits_ == nullptr ? nullptr : bits_ + begin / 8;
+    by_block(
+        layout_, begin, end,
+        [&](int64_t c) { kernels_.norm_run(x_ + begin, y_ + begin, to, n, factor_[c], shift_[c], steps_); },
+        [&] {
+          float factor[block], shift[block];
+          kernels_.norm_each(x_ + begin, y_ + begin, to, n, factors_.of(begin, end, factor),
+                             shifts_.of(begin, end, shift), steps_);
+        });
+  }
+
+ private:
+  const NormKernels& kernels_;
+  const float* x_;
+  float* y_;
+  uint8_t* bits_;
+  Layout layout_;
+  const float *factor_, *shift_;
+  Spread factors_, shifts_;
+  NormSteps steps_;
+};
+
+}  // namespace qat
