@@ -58,7 +58,7 @@ def _fuse_into(graph: fx.Graph, quantizer: fx.Node, root: nn.Module) -> None:
         return
     function, inputs, makers = operands
     with graph.inserting_before(quantizer):
-        arguments = [i if isinstance(i, fx.Node) else graph.get_attr(i) for i in inputs]
+        arguments: list[Any] = [i if isinstance(i, fx.Node) else graph.get_attr(i) for i in inputs]
         passed = activation if activation is None or activation in _FUNCTIONS.values() else graph.get_attr(activation)
         arguments += [passed, graph.get_attr(str(quantizer.target))]
         call = graph.call_function(

@@ -49,6 +49,11 @@ def weight_range(weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Ten
             "choose an axis that exists",
         )
     if granularity.kind == "per_channel":
+        count = weight.shape[granularity.axis]
+        whole = make_observer(scheme.observer, granularity, count, name)
+        if not whole.minimises_error and _state(whole) <= _STATE_AT_ONCE:
+            # as it lies in memory: rows would be a copy of a channels_last weight
+            return _range(whole, weight, scheme)
         rows = weight.movedim(granularity.axis, 0).reshape(weight.shape[granularity.axis], -1)
         return _range_by_row(rows, scheme, name)
     return _range_by_group(weight, scheme, name)
@@ -73,8 +78,7 @@ def _range_by_group(weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, 
 
 def _range_by_row(rows: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
     one = make_observer(scheme.observer, _BY_ROW, 1, name)
-    state = sum(buffer.numel() * buffer.element_size() for buffer in one.buffers())
-    step = max(1, min(_ROWS_AT_ONCE, _STATE_AT_ONCE // state))
+    step = max(1, min(_ROWS_AT_ONCE, _STATE_AT_ONCE // _state(one)))
     lows, highs = [], []
     for at in range(0, len(rows), step):
         part = rows[at : at + step]
@@ -82,6 +86,10 @@ def _range_by_row(rows: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tens
         lows.append(low)
         highs.append(high)
     return torch.cat(lows), torch.cat(highs)
+
+
+def _state(observer: Observer) -> int:
+    return sum(buffer.numel() * buffer.element_size() for buffer in observer.buffers())
 
 
 def _range(observer: Observer, rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
