@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -25,6 +26,14 @@ inline const TypedKernels<float>& typed<float>(const Kernels& kernels) {
 template <>
 inline const TypedKernels<uint16_t>& typed<uint16_t>(const Kernels& kernels) {
   return kernels.bf16;
+}
+
+inline float value_of(float x) { return x; }
+inline float value_of(uint16_t x) {
+  const uint32_t pattern = static_cast<uint32_t>(x) << 16;
+  float value;
+  std::memcpy(&value, &pattern, sizeof(value));
+  return value;
 }
 
 inline int64_t blocks_of(int64_t n) { return (n + block - 1) / block; }

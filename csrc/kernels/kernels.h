@@ -42,6 +42,9 @@ struct TypedKernels {
   // out[i] = x[i] * factor[i], and out[i] = x[i] / factor[i]; out may be x where the types are equal.
   void (*multiply_each)(const T* x, const float* factor, float* out, int64_t n);
   void (*divide_each)(const float* x, const float* factor, T* out, int64_t n);
+  // The steps of multiply_each, quantize_run and divide_each, on one factor.
+  void (*weight_run)(const T* x, T* y, uint8_t* bits, int64_t n, float factor, float scale, float zero_point,
+                     Range range);
   // Gradients of a fake quantization: dx[i] that of x; ds[i] and dz[i] what the element adds to those of the scale and
   // of the zero point. dx may be grad.
   void (*learned_run)(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, float scale, float zero_point,

@@ -1,10 +1,10 @@
 #include "ranges.h"
 
 #include <cmath>
-#include <cstring>
 #include <mutex>
 
 #include "blocks.h"
+#include "weight_rows.h"
 
 namespace qat {
 namespace {
@@ -19,14 +19,6 @@ double power_of_two_above(double scale) {
   int exponent;
   const double mantissa = std::frexp(scale, &exponent);
   return mantissa == 0.5 ? scale : scale / mantissa;
-}
-
-float value_of(float x) { return x; }
-float value_of(uint16_t x) {
-  const uint32_t pattern = static_cast<uint32_t>(x) << 16;
-  float value;
-  std::memcpy(&value, &pattern, sizeof(value));
-  return value;
 }
 
 // Infinities included; a nan stays.
@@ -126,6 +118,10 @@ template <class T>
 void fake_quantize_weight(const Kernels& kernels, ParallelFor parallel, const T* w, T* y, uint8_t* bits, Layout layout,
                           const Factor* factor, float* scale, float* zero_point, const GridRule* rule, Range range) {
   const int64_t channels = layout.channels;
+  if (has_weight_rows(layout, factor)) {
+    fake_quantize_rows(kernels, parallel, w, y, bits, layout, factor, scale, zero_point, rule, range);
+    return;
+  }
   if (factor == nullptr) {
     if (rule != nullptr) {
       Ranges ranges(channels);

@@ -231,6 +231,27 @@ void divide_each(const float* x, const float* factor, T* out, int64_t n) {
   std::memcpy(out + i, quotients, static_cast<size_t>(n - i) * sizeof(T));
 }
 
+template <class V, class T>
+void weight_run(const T* x, T* y, uint8_t* bits, int64_t n, float factor, float scale, float zero_point, Range range) {
+  const auto f = V::set(factor), s = V::set(scale), z = V::set(zero_point);
+  const auto low = V::set(range.low), high = V::set(range.high);
+  typename V::Mask inside;
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    V::store(y + i, V::div(quantize_vector<V>(V::mul(V::load(x + i), f), s, z, low, high, inside), f));
+    if (bits != nullptr) store_bits<V>(bits + i / 8, V::bits(inside));
+  }
+  if (i == n) return;
+  const int64_t rest = n - i;
+  T buffer[V::width];
+  copy_in<V>(buffer, x + i, rest);
+  V::store(buffer, V::div(quantize_vector<V>(V::mul(V::load(buffer), f), s, z, low, high, inside), f));
+  std::memcpy(y + i, buffer, static_cast<size_t>(rest) * sizeof(T));
+  if (bits == nullptr) return;
+  const uint32_t mask = V::bits(inside) & ((1u << rest) - 1u);
+  for (int64_t byte = 0; 8 * byte < rest; ++byte) bits[i / 8 + byte] = static_cast<uint8_t>(mask >> (8 * byte));
+}
+
 // ---- learned grids
 
 // Inside the range y = (round(x / s)) s: 1 for x, round(x / s) - x / s for s, nothing for z. Outside y = (bound - z) s:
@@ -304,7 +325,8 @@ inline void sum_each(const float* x, int64_t n, double* sum) {
 template <class V, class T>
 constexpr TypedKernels<T> typed_kernels() {
   return {&quantize_run<V, T>,  &quantize_each<V, T>, &mask_run<V, T>,    &extrema_run<V, T>, &extrema_each<V, T>,
-          &bins_run<V, T>,      &multiply_each<V, T>, &divide_each<V, T>, &learned_run<V, T>, &learned_each<V, T>};
+          &bins_run<V, T>,      &multiply_each<V, T>, &divide_each<V, T>, &weight_run<V, T>,  &learned_run<V, T>,
+          &learned_each<V, T>};
 }
 
 inline double clip_error(const double* points, const double* jumps, int64_t n, double scale, double low, double high) {

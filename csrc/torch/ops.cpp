@@ -12,7 +12,7 @@ namespace {
 using namespace qat::ops;
 
 // Raised with every change of an operator's schema or meaning; qat/native/loading.py names the one that it needs.
-constexpr int64_t interface_version = 5;
+constexpr int64_t interface_version = 6;
 
 // ---- instruction set
 

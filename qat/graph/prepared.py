@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from qat import native
 from qat.encoding import Encoding, Encodings
 from qat.errors import EncodingError, PlanError, StateError
 from qat.graph.fuse import fuse
@@ -108,6 +109,8 @@ class PreparedModel(nn.Module):
         self._compile()
 
     def _compile(self) -> None:
+        if self._fused:
+            native.status()  # loads the library, which `torch.compile` cannot
         self._run = _compile(fuse(self._graph, self) if self._fused else self._graph)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

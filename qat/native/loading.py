@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 #: The `interface_version` of csrc/torch/ops.cpp that the Python code of this package calls.
-_INTERFACE = 5
+_INTERFACE = 6
+
+_active = False
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,20 @@ def status() -> Status:
     return load(Path(__file__).with_name("_C.abi3.so"))
 
 
+def is_active() -> bool:
+    """Tell whether the native operators are loaded; to compiled code, whether they were before it was compiled.
+
+    `torch.compile` looks into no cached function, and reads a variable.
+    """
+    return _active if torch.compiler.is_compiling() else status().active
+
+
 def load(path: Path) -> Status:
     """Load a library and register the Python side of its operators; never raises.
 
     A process can load only one; a second call in the same process must name the same file.
     """
+    global _active  # noqa: PLW0603 - what the cache of `status` holds, for compiled code
     if not path.is_file():
         return Status(False, "the extension was not built (no compiler at installation, or the build failed)")
     try:
@@ -77,4 +88,5 @@ def load(path: Path) -> Status:
     for part in (operators, observers, ranges, learned, norm, norm_statistics, int8):
         part.register()
     cuda = hasattr(torch.ops.qat, "int8_gemm")
+    _active = True
     return Status(True, f"built, and this processor runs {isa}", isa, path, cuda=cuda)

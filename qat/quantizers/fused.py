@@ -108,11 +108,10 @@ def _activate(activation: Activation, x: Tensor) -> Tensor:
 
 def _is_native(x: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()
-        and x.dtype == torch.float32
+        x.dtype == torch.float32
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
-        and native.status().active
+        and native.is_active()
     )
 
 

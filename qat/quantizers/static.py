@@ -73,17 +73,22 @@ def fake_quantize(
     return _forward(x, s, z, f, qmin, qmax, with_mask=False)[0]
 
 
-def is_for_native(x: Tensor, granularity: Granularity, *, cuda: bool = False) -> bool:
-    """Tell whether the native extension is there and computes with such a tensor here (`cuda`: on a GPU too).
+def is_for_native(x: Tensor, granularity: Granularity, *, cuda: bool = False, compiled: bool = False) -> bool:
+    """Tell whether the native extension is there and computes with such a tensor here.
 
-    Compiled code keeps to PyTorch's operations, which the compiler fuses with their neighbours.
+    Args:
+        x: The tensor.
+        granularity: What shares a scale.
+        cuda: On a GPU too.
+        compiled: In compiled code too; else it keeps to PyTorch's operations, which the compiler fuses with their
+            neighbours.
     """
     return (
         x.dtype in _NATIVE_VALUES
         and granularity.kind != "per_group"
         and (granularity.kind == "per_tensor" or -x.dim() <= granularity.axis < x.dim())
-        and not torch.compiler.is_compiling()
-        and native.status().active
+        and (compiled or not torch.compiler.is_compiling())
+        and native.is_active()
         and (x.device.type == "cpu" or (cuda and x.device.type == "cuda" and native.status().cuda))
     )
 

@@ -166,7 +166,8 @@ class WeightFakeQuantize(Quantizer):
 
     def _is_for_native(self, weight: Tensor) -> bool:
         """Tell whether the native extension has this case; what is wrong is left to the other path."""
-        if not is_for_native(weight, self.scheme.granularity) or not (self.follows or self.ready):
+        # compiled code has nothing to fuse it with, and the loops that the compiler makes of it are slower
+        if not is_for_native(weight, self.scheme.granularity, compiled=True) or not (self.follows or self.ready):
             return False
         tensors = [t for bn in self._bn for t in (bn.weight, bn.running_var) if t is not None]
         if not self.follows:

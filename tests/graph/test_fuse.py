@@ -180,7 +180,36 @@ def test_calibration_of_both_forms_gives_the_same_ranges() -> None:
         torch.testing.assert_close(have[name].scale_tensor, want[name].scale_tensor, rtol=1e-5, atol=0.0)
 
 
-def test_autocast_and_compiled_training_keep_to_the_modules() -> None:
+@pytest.mark.heavy
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_training_runs_the_fused_calls_in_one_graph(backend: str, channels_last: bool) -> None:
+    torch._dynamo.reset()
+    eager, compiled = prepared(), prepared()
+    calls: list[str] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        calls.extend(str(node.target) for m in graph.modules() for node in m.graph.nodes)  # type: ignore[union-attr]
+        return torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    run = torch.compile(compiled, fullgraph=True, backend=counting)
+    x = images().contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    for _ in range(2):
+        for qmodel, forward in ((eager, eager), (compiled, run)):
+            qmodel.zero_grad()
+            F.cross_entropy(forward(x), torch.arange(6) % 3).backward()
+    if native.status().active:
+        assert sum("norm_quantize_forward" in call for call in calls) == 3
+        assert sum("add_quantize_forward" in call for call in calls) == 1
+        assert sum("fake_quantize_weight_forward" in call for call in calls) == 4
+    for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_autocast_keeps_to_the_modules() -> None:
     qmodel = prepared()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = F.cross_entropy(qmodel(images()).float(), torch.arange(6) % 3)

@@ -69,6 +69,8 @@ void run_case(const TypedKernels<T>& kernels, const char* name, int number) {
   add_numbers(real);
   kernels.divide_each(real.data(), scales.data(), y.data(), count);
   hash.add(y);
+  kernels.weight_run(x.data(), y.data(), bits.data(), count, scales[0], scale, zero, range);
+  hash.add(y), hash.add(bits);
   kernels.learned_run(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scale, zero, range);
   hash.add(dx), add_numbers(ds), add_numbers(dz);
   kernels.learned_each(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scales.data(), zeros.data(),
