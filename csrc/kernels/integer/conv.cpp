@@ -7,6 +7,7 @@
 #include "parts.h"
 #include "requantize.h"
 #include "wide.h"
+#include "winograd.h"
 
 namespace qat {
 namespace {
@@ -65,6 +66,7 @@ class ConvLayer {
   int64_t row_bytes;     // of a pixel row of the activation, of its copy for folded
   int64_t image_bytes;
   int64_t folded_bytes;  // of the copy
+  std::unique_ptr<const Winograd> winograd;  // runs it instead, or null
   Words words;
   int64_t word_bytes;    // of the copy of the activation, or of one row of a block, as words
 
@@ -507,6 +509,10 @@ std::shared_ptr<const ConvLayer> prepare_conv(std::shared_ptr<const PackedWeight
     std::memcpy(l.table, epilogue.table, static_cast<size_t>(epilogue.y.qmax - epilogue.y.qmin + 1));
     l.epilogue.table = l.table;
   }
+  if (l.bytes) {
+    l.winograd = Winograd::prepare(w, shape, x, x_grid, l.epilogue, l.byte_epilogue, l.multiplier.data(), l.epilogue.table);
+    if (l.winograd != nullptr) return layer;
+  }
   const bool folded = w.method == Method::folded;
   l.pointwise = w.method == Method::gemm && w.taps == 1 && !shape.transposed && shape.stride_h == 1 &&
                 shape.stride_w == 1 && shape.pad_top == 0 && shape.pad_left == 0 && shape.in_h == shape.out_h &&
@@ -536,6 +542,7 @@ std::shared_ptr<const ConvLayer> prepare_conv(std::shared_ptr<const PackedWeight
 
 int64_t conv_scratch(const ConvLayer& layer, int32_t threads) {
   if (layer.weights->method == Method::wide) return 0;
+  if (layer.winograd != nullptr) return layer.winograd->scratch(threads);
   const int64_t words = layer.words == Words::ahead ? layer.word_bytes : 0;
   return layer.folded_bytes + words + layer.slot_bytes() * threads;
 }
@@ -545,6 +552,10 @@ void run_conv(const ConvLayer& layer, const Threads& threads, const void* x, voi
   if (layer.weights->method == Method::wide) {
     const WideConv wide{*layer.weights, layer.shape, layer.x, layer.x_grid, layer.y, layer.epilogue};
     return run_wide_conv(wide, threads, x, y, residual);
+  }
+  if (layer.winograd != nullptr) {
+    return layer.winograd->run(threads, static_cast<const uint8_t*>(x), static_cast<uint8_t*>(y),
+                               static_cast<const uint8_t*>(residual), scratch);
   }
   auto* bytes = static_cast<uint8_t*>(scratch);
   const auto* left = static_cast<const uint8_t*>(x);
