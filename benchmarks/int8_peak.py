@@ -74,7 +74,7 @@ def _layer(shape: tuple[int, ...], batch: int) -> Conv:
     inputs, outputs, kernel, stride, groups, size, _ = shape
     return Conv(
         x=torch.randint(0, 256, (batch, size, size, inputs)),
-        weight=torch.randint(-127, 128, (outputs, kernel, kernel, inputs // groups)),
+        weight=(torch.randn(outputs, kernel, kernel, inputs // groups) * 35).round().clamp(-127, 127),
         y_grid=QParams(1.0, 100, 0, 255),
         stride=(stride, stride),
         padding=(kernel // 2,) * 4,

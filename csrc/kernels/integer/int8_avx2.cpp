@@ -7,6 +7,7 @@
 
 #ifdef __AVX2__
 #include "avx2_vector.h"
+#include "winograd_avx2.h"
 
 namespace qat {
 namespace {
@@ -32,6 +33,16 @@ struct PairVector : Vector {
 };
 
 void gemm(const GemmBlock& block, int32_t) { gemm_units<PairVector, 1>(block); }
+
+// Weights that are words in memory.
+struct WordVector : PairVector {
+  static constexpr int group = 4;
+  static Right right(const int8_t* from) { return bytes_at(from); }
+};
+
+void winograd_gemm(const GemmBlock& block) { gemm_units<WordVector, 1>(block); }
+
+const WinogradKernels winograd{winograd_input, winograd_gemm, winograd_output<Vector>};
 
 void widen(const uint8_t* from, uint8_t flip, int64_t count, int16_t* to) {
   const __m128i flips = _mm_set1_epi8(static_cast<char>(flip));
@@ -63,7 +74,7 @@ int64_t peak(int64_t steps) {
 
 const Int8Kernels table{
     "avx2",         false,  1,    {PairVector::rows<1>, 0, 0, 0}, 4 * Vector::width, gemm, depthwise,
-    depthwise_line, lookup, peak, widen,
+    depthwise_line, lookup, peak, widen, 4, &winograd,
 };
 
 }  // namespace

@@ -104,6 +104,45 @@ struct DepthwiseLine {
 constexpr int32_t unit_columns = 16;
 constexpr int32_t max_units = 4;
 
+// Tiles of 4 x 4 outputs and the 6 x 6 pixels that they need, see winograd.h.
+constexpr int32_t winograd_size = 4, winograd_patch = 6, winograd_positions = 36;
+
+// One tile, all channels.
+struct WinogradInput {
+  const uint8_t* const* pixels;  // of the patch; up to 15 bytes too many are read
+  int32_t channels;
+  uint8_t flip;
+  int16_t zero;   // of the codes after the flip
+  int16_t* words;  // position i is at i * position_stride; whole groups of 16 channels are written
+  int64_t position_stride;
+};
+
+struct WinogradTile {
+  int64_t pixel;  // of y, the upper left one
+  int32_t rows, columns;  // that lie in the image
+};
+
+// Tiles of one panel of 16 columns.
+struct WinogradOutput {
+  const int32_t* sums;  // tile t and position i are at i * position_stride + t * 16
+  int64_t position_stride;
+  int32_t tiles;
+  const WinogradTile* where;
+  int64_t line;  // pixels of a line of y
+  const int32_t* bias;
+  int32_t columns;
+  const ByteEpilogue* epilogue;
+  uint8_t* y;
+  int64_t y_stride;
+  const uint8_t* residual;
+};
+
+struct WinogradKernels {
+  void (*input)(const WinogradInput& in);
+  void (*gemm)(const GemmBlock& block);  // a panel of words, [depth / 2][16][2], to accumulators
+  void (*output)(const WinogradOutput& out);
+};
+
 struct Int8Kernels {
   const char* isa;
   // The activation is a signed byte in its products (ARM's sdot) and not an unsigned one (x86's vpdpbusd).
@@ -124,6 +163,9 @@ struct Int8Kernels {
 
   // What one column has side by side in a panel, for the kernels that multiply bytes: 4, or 8 for a product of matrices.
   int32_t byte_group = 4;
+
+  // Null, or what winograd.h is made of; for panels of one unit.
+  const WinogradKernels* winograd = nullptr;
 
   // Inputs of a column side by side in a panel, and bytes of an activation in the matrix kernels.
   int32_t group() const { return widen == nullptr ? byte_group : 2; }

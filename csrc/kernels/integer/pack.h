@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "conv.h"
@@ -55,8 +56,23 @@ inline int32_t depthwise_channel(int32_t i, int32_t block) {
   return i / block * block + l / 4 * 16 + q * 4 + l % 4;
 }
 
+class PackedWeights;
+
+// Of a kernel of 3 x 3 as winograd.h wants them.
+struct WinogradWeights {
+  explicit WinogradWeights(const PackedWeights& weights);
+
+  AlignedBytes data;                // [panel][position][depth / 2][16][2] words
+  int64_t panel_words;
+  std::vector<int64_t> sums_above;  // of the positive weights of an output, of the negative ones
+  std::vector<int64_t> sums_below;
+};
+
 class PackedWeights {
  public:
+  // Made when first asked for; any number of threads may ask.
+  const WinogradWeights& winograd() const;
+
   const Int8Kernels* kernels;
   Method method;
   int32_t outputs, inputs, groups, kernel_h, kernel_w;
@@ -69,6 +85,10 @@ class PackedWeights {
   std::vector<int16_t> wide;       // [output][tap][depth]
   std::vector<int32_t> order;      // depthwise: which tap stands where, or -1 for a weight of zero
   std::vector<int32_t> tap_sums;   // [tap][output], of the weights less their zero points
+
+ private:
+  mutable std::once_flag winograd_once_;
+  mutable std::unique_ptr<WinogradWeights> winograd_;
 };
 
 }  // namespace qat
