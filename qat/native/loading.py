@@ -35,6 +35,10 @@ class Status:
     path: Path | None = None
     cuda: bool = False
 
+    def runs_on(self, device: torch.device) -> bool:
+        """Tell whether the operators take tensors of a device."""
+        return self.active and (device.type == "cpu" or (device.type == "cuda" and self.cuda))
+
     def __str__(self) -> str:
         """One line for `qat env`."""
         if not self.active:

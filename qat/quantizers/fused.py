@@ -61,7 +61,7 @@ def norm_fake_quantize(x: Tensor, norm: nn.Module, activation: Activation, quant
         norm.weight, norm.bias, norm.running_mean if kept else None, norm.running_var if kept else None, statistics,
         norm.momentum or 0.0, norm.eps,
     )  # fmt: skip
-    if not _is_simple(quantizer):
+    if not _is_simple(quantizer, x.device):
         return quantizer(native.norm_quantize(x, values, bounds, None))  # type: ignore[no-any-return]
     return native.norm_quantize(x, values, bounds, _grid(quantizer))
 
@@ -77,9 +77,10 @@ def add_fake_quantize(x: Tensor, other: Tensor, activation: Activation, quantize
     """
     bounds = activation_bounds(activation)
     fits = isinstance(other, Tensor) and isinstance(x, Tensor) and x.shape == other.shape and x.numel() > 0
+    fits = fits and x.device == other.device
     if bounds is None or not fits or not (_is_native(x) and _is_native(other)) or _is_hooked(activation):
         return quantizer(_activate(activation, x + other))  # type: ignore[no-any-return]
-    if not _is_simple(quantizer):
+    if not _is_simple(quantizer, x.device):
         return quantizer(native.add_quantize(x, other, bounds, None))  # type: ignore[no-any-return]
     return native.add_quantize(x, other, bounds, _grid(quantizer))
 
@@ -96,9 +97,8 @@ def _is_native(x: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and native.status().active
+        and native.status().runs_on(x.device)
+        and not torch.is_autocast_enabled(x.device.type)
     )
 
 
@@ -111,7 +111,7 @@ def _has_native_norm(x: Tensor, norm: nn.Module) -> bool:
     if norm.training and (norm.momentum is None or x.numel() == x.shape[1]):
         return False
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+    return all(t is None or (t.dtype == torch.float32 and t.device == x.device) for t in tensors)
 
 
 def _is_hooked(*parts: Activation) -> bool:
@@ -120,8 +120,8 @@ def _is_hooked(*parts: Activation) -> bool:
     return any(isinstance(part, nn.Module) and any(getattr(part, hooks) for hooks in _HOOKS) for part in parts)
 
 
-def _is_simple(quantizer: FakeQuantize) -> bool:
-    """Tell whether a quantizer does nothing but track and quantize one tensor, on one grid."""
+def _is_simple(quantizer: FakeQuantize, device: torch.device) -> bool:
+    """Tell whether a quantizer does nothing but track and quantize one tensor, on one grid, on this device."""
     return (
         quantizer.quantizing
         and not quantizer.observing
@@ -129,7 +129,7 @@ def _is_simple(quantizer: FakeQuantize) -> bool:
         and quantizer.scheme.granularity.kind == "per_tensor"
         and (quantizer.ready or _tracks(quantizer))
         and not (_tracks(quantizer) and is_distributed())
-        and quantizer.scale.device.type == "cpu"
+        and quantizer.scale.device == device
         and not _is_hooked(quantizer)
     )
 
