@@ -1,0 +1,6 @@
+// What launch.h needs of CUDA, for the emulation.
+#pragma once
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
