@@ -1,4 +1,4 @@
-"""The CUDA sources as plain C++: the logic that compiles as such, and whole kernels under an emulation."""
+"""The CUDA sources as plain C++: the logic that compiles as such, and whole operators under an emulation."""
 
 from __future__ import annotations
 
@@ -8,33 +8,64 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
+from torch.utils import cpp_extension
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
+#: Tensor cores, which nobody emulates here.
+NOT_EMULATED = ("int8_conv", "cuda_int8")
+LIBRARIES = ("-ltorch", "-ltorch_cpu")
+#: What registrations say of the GPU, and what of the CPU.
+DEVICES = {
+    "STABLE_TORCH_LIBRARY_IMPL(qat, CUDA, m)": "STABLE_TORCH_LIBRARY_IMPL(qat_emulated, CPU, m)",
+    "tensor.is_cuda() && tensor.get_device_index() == device": "tensor.is_cpu() && device <= 0",
+    ", guard_(index)": "",
+    "  torch::stable::accelerator::DeviceGuard guard_;\n": "",
+    'check(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA; install a CUDA build of it");': "",
+    "STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &found));": "",
+}
+_KEPT: list[torch.library.Library] = []
 KERNEL = re.compile(r"\b\w+(?:<[^<>;]*>)?\s*$")
 
 
 def compiled(source: str, folder: Path) -> ctypes.CDLL:
     """Compile a source file of this folder, without contraction, and load it; skip without a compiler."""
-    return _library([HERE / source], folder / "host.so", [])
+    library = folder / "host.so"
+    _compile([HERE / source], library, [])
+    return ctypes.CDLL(str(library))
 
 
-def emulated(source: str, kernels: Sequence[str], folder: Path) -> ctypes.CDLL:
-    """Compile an entry with these .cu files of csrc/cuda, run by `cuda_emulator`, and load the library."""
-    for name in ("cuda", "kernels"):
+def emulated_operators(folder: Path) -> Any:
+    """Return `torch.ops.qat_emulated`: the operators of training for the GPU, on CPU tensors.
+
+    Registrations (csrc/torch/cuda_*.cpp) and kernels are the sources themselves but for launches and devices, run by
+    `cuda_emulator`.
+    """
+    for name in ("cuda", "kernels", "torch"):
         (folder / name).mkdir()
         for path in (CSRC / name).glob("*.*"):
-            if path.suffix in {".h", ".cuh"} or path.name in kernels:
-                text = path.read_text(encoding="utf-8")
-                target = path.with_suffix(".cpp").name if path.suffix == ".cu" else path.name
-                (folder / name / target).write_text(plain(text), encoding="utf-8")
-    shutil.copy(HERE / source, folder / source)
-    sources = [folder / source, HERE / "cuda_emulator" / "emulator.cpp", *sorted((folder / "cuda").glob("*.cpp"))]
-    options = ["-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wno-sign-compare", f"-I{HERE / 'cuda_emulator'}"]
-    return _library(sources, folder / "emulated.so", options)
+            target = path.with_suffix(".cpp").name if path.suffix == ".cu" else path.name
+            (folder / name / target).write_text(plain(path.read_text(encoding="utf-8")), encoding="utf-8")
+    kernels = [path for path in sorted((folder / "cuda").glob("*.cpp")) if path.stem not in NOT_EMULATED]
+    registrations = [path for path in sorted((folder / "torch").glob("cuda*.cpp")) if path.stem not in NOT_EMULATED]
+    options = ["-fvisibility=hidden", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wno-sign-compare"]
+    options.append(f"-I{HERE / 'cuda_emulator'}")
+    options += [word for path in cpp_extension.include_paths() for word in ("-isystem", path)]
+    options += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-L{path}" for path in cpp_extension.library_paths())]
+    library = folder / "emulated.so"
+    _compile([HERE / "cuda_emulator" / "emulator.cpp", *kernels, *registrations], library, options, LIBRARIES)
+    definitions = torch.library.Library("qat_emulated", "DEF")
+    for schema in torch._C._jit_get_all_schemas():
+        if schema.name.startswith("qat::") and torch._C._dispatch_has_kernel_for_dispatch_key(schema.name, "CPU"):
+            definitions.define(str(schema).removeprefix("qat::"))
+    _KEPT.append(definitions)
+    torch.ops.load_library(library)
+    return torch.ops.qat_emulated
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -43,7 +74,9 @@ def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def plain(text: str) -> str:
-    """Return CUDA C++ as C++: launches become calls of the emulator, dynamic shared memory a pointer."""
+    """Return CUDA C++ as C++ for tensors of the CPU: launches become calls of the emulator."""
+    for cuda, cpu in DEVICES.items():
+        text = text.replace(cuda, cpu)
     text = re.sub(
         r"extern __shared__ (\w+) (\w+)\[\];", r"\1* const \2 = static_cast<\1*>(emulator::shared_memory());", text
     )
@@ -69,10 +102,10 @@ def _closing(text: str) -> int:
     raise AssertionError(text[:80])
 
 
-def _library(sources: Sequence[Path], library: Path, options: Sequence[str]) -> ctypes.CDLL:
+def _compile(sources: Sequence[Path], library: Path, options: Sequence[str], libraries: Sequence[str] = ()) -> None:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
     common = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([compiler, *common, *options, *map(str, sources), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    files = list(map(str, sources))
+    subprocess.run([compiler, *common, *options, *files, "-o", str(library), *libraries], check=True)

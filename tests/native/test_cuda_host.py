@@ -1,4 +1,4 @@
-"""The arithmetic and index logic of the CUDA products and convolutions, compiled as plain C++ and run on the CPU."""
+"""The index logic of the CUDA kernels and the arithmetic of the products, compiled as plain C++ and run on the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,20 @@ from tests.native.cuda_host import compiled, pointer
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return compiled("cuda_host_int8.cpp", tmp_path_factory.mktemp("cuda"))
+    return compiled("cuda_host_logic.cpp", tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.mark.parametrize("mantissa_bits", range(11))
+def test_private_bins_are_bins(host: ctypes.CDLL, mantissa_bits: int) -> None:
+    assert host.private_count(mantissa_bits) == min(8192, 2 ** (9 + mantissa_bits))
+
+
+@pytest.mark.parametrize("step", [1, 7, 24, 256])
+@pytest.mark.parametrize("layout", [(2, 3, 5), (7, 4, 1), (1, 1, 9), (3, 1, 2), (5, 40, 9), (3, 5, 700), (300, 3, 1)])
+def test_the_threads_of_a_channel_visit_each_of_its_elements_once(
+    host: ctypes.CDLL, layout: tuple[int, int, int], step: int
+) -> None:
+    assert host.visits_once(*map(ctypes.c_int64, (*layout, step))) == 1
 
 
 def test_a_tile_through_the_fragments_is_the_product(host: ctypes.CDLL) -> None:

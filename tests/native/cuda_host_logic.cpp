@@ -1,10 +1,12 @@
-// The logic of the products and convolutions of csrc/cuda on the host: tile products through the fragments' maps.
+// The logic of csrc/cuda on the host: maps of bins and elements, tile products through the fragments' maps.
 #include <vector>
 
+#include "../../csrc/cuda/bins.h"
 #include "../../csrc/cuda/elements.h"
 #include "../../csrc/cuda/fragments.h"
 #include "../../csrc/cuda/gather.h"
 #include "../../csrc/cuda/requantize.h"
+#include "../../csrc/cuda/walk.h"
 
 using namespace qat::cuda;
 
@@ -27,6 +29,36 @@ uint8_t loaded(const std::vector<uint8_t>& tile, int lane, int matrix, int byte,
 }  // namespace
 
 extern "C" {
+
+// How many bins have a private counter; -1 where the maps are not each other's inverse, or leave the table.
+int private_count(int mantissa_bits) {
+  const Bins bins(mantissa_bits);
+  int kept = 0;
+  for (uint32_t bin = 0; bin < bins.count(); ++bin) {
+    const int slot = bins.slot(bin);
+    if (slot >= 2 * bins.half || 2 * bins.half > private_bins || (slot >= 0 && bins.bin(slot) != bin)) return -1;
+    kept += slot >= 0;
+  }
+  return kept;
+}
+
+// Whether the walks of a channel's threads visit each of its elements once.
+int visits_once(int64_t outer, int64_t channels, int64_t inner, int64_t step) {
+  std::vector<int> seen(static_cast<size_t>(outer * channels * inner));
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t thread = 0; thread < step; ++thread) {
+      Walk walk({outer, channels, inner}, c, thread, step);
+      for (int64_t p = thread; p < outer * inner; p += step, walk.next()) {
+        if (walk.at / inner % channels != c) return 0;
+        ++seen[static_cast<size_t>(walk.at)];
+      }
+    }
+  }
+  for (const int count : seen) {
+    if (count != 1) return 0;
+  }
+  return 1;
+}
 
 // Rows and columns of C = A (16 x 64) B (64 x 16) of one warp, through shared memory, ldmatrix and the fragments' maps.
 void tile_product(const uint8_t* a, const int8_t* b_rows, int32_t* c) {
