@@ -30,7 +30,7 @@ BOUNDS = [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (-0.5, 0.5)]
 #: With short and long runs of a channel, rows of whole octets, one and several splits (36 in the last)
 SHAPES = [(2, 3, 5), (7, 4), (4, 40, 7, 7), (300, 24), (8, 8, 12, 12), (2, 2, 190, 190)]
 FORMATS = [torch.contiguous_format, torch.channels_last]
-RELAXED = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+RELAXED = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 Rule = tuple[int, int, bool, int, bool]
 Bounds = tuple[float, float]
 

@@ -75,7 +75,7 @@ def test_the_library_loads_beside_a_torch_without_cuda(build: dict[str, Any], tm
         "names = [schema.split('(')[0] for schema in schemas if schema.startswith('qat::')]\n"
         "kernels = {key: {name for name in names if has(name, key)} for key in ('CPU', 'CUDA')}\n"
         "print(sorted(kernels['CPU'] - kernels['CUDA']), sorted(kernels['CUDA'] - kernels['CPU']))\n"
-        "from qat.native import operators\n"
+        "from qat.native import int8\n"
         "from torch._subclasses import FakeTensorMode\n"
         "torch.library.register_fake('qat::int8_conv2d', int8._fake_conv2d)\n"
         "with FakeTensorMode():\n"

@@ -1,5 +1,6 @@
 #include <ucontext.h>
 
+#include <memory>
 #include <vector>
 
 #include "cuda_runtime.h"
@@ -9,7 +10,7 @@ dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace emulator {
 namespace {
 
-constexpr size_t stack_size = 128 * 1024;
+constexpr size_t stack_size = 64 * 1024;
 
 // Where threads meet: the last one to come opens the gate for all.
 struct Gate {
@@ -18,7 +19,7 @@ struct Gate {
 
 struct Fiber {
   ucontext_t context;
-  std::vector<char> stack;
+  std::unique_ptr<char[]> stack{new char[stack_size]};
   bool finished = false;
   unsigned exchanges = 0;
 };
@@ -58,12 +59,13 @@ void run_block(unsigned threads) {
   block.gate = {threads, 0, 0};
   block.warps.assign(threads / 32, {32, 0, 0});
   block.slots.assign(threads * 2, 0);
-  for (Fiber& fiber : block.fibers) {
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = block.fibers[i];
     fiber.finished = false;
     fiber.exchanges = 0;
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = stack_size;
     fiber.context.uc_link = &block.scheduler;
     makecontext(&fiber.context, run, 0);
   }
@@ -90,8 +92,7 @@ void launch(dim3 grid, dim3 size, size_t shared, cudaStream_t, const std::functi
     std::fputs("emulator: a launch of no such shape\n", stderr);
     std::abort();
   }
-  block.fibers.resize(size.x);
-  for (Fiber& fiber : block.fibers) fiber.stack.resize(stack_size);
+  if (block.fibers.size() < size.x) block.fibers.resize(size.x);
   block.thread = &thread;
   blockDim = size;
   gridDim = grid;
