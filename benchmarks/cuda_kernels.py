@@ -70,6 +70,52 @@ def passes(dtype: torch.dtype) -> list[dict[str, object]]:
     ]  # fmt: skip
 
 
+def fused_passes(form: torch.memory_format) -> list[dict[str, object]]:
+    """Batch norm and addition with ReLU and fake quantization, float32: the fraction of the bandwidth of a copy.
+
+    Counted are the bytes of the passes that the kernels make: a batch norm in training reads its input twice.
+    """
+    x, y, grad = (torch.randn(64, 64, 56, 56, device="cuda").contiguous(memory_format=form) for _ in range(3))
+    many, mean, var = (torch.rand(64, device="cuda") + 0.5 for _ in range(3))
+    state = [torch.full((1,), value, device="cuda") for value in (-1.0, 3.0, 0.02)]
+    state += [torch.zeros(1, dtype=kind, device="cuda") for kind in (torch.int32, torch.int64)]
+    rule, ops = (0.01, 0, 255, False, 0, False), torch.ops.qat
+
+    def norm(batch: bool) -> tuple[torch.Tensor, ...]:
+        made: tuple[torch.Tensor, ...] = ops.norm_quantize_forward(
+            x, many, many, mean, var, batch, 0.1, 1e-5, 0.0, torch.inf, *state, batch, *rule
+        )
+        return made
+
+    _, bits, center, inverse = norm(True)
+    size, mask = x.numel() * x.element_size(), bits.numel()
+    calls: dict[str, tuple[int, Call]] = {
+        "copy": (2 * size, lambda: y.copy_(x)),
+        "norm, statistics of the batch, tracked": (3 * size + mask, lambda: norm(True)),
+        "norm, frozen": (2 * size + mask, lambda: norm(False)),
+        "norm, gradient": (
+            5 * size + 2 * mask,
+            lambda: ops.norm_quantize_backward(grad, x, bits, many, center, inverse, True, True),
+        ),
+        "addition, tracked": (
+            5 * size + mask,
+            lambda: ops.add_quantize_forward(x, grad, 0.0, torch.inf, *state, True, *rule),
+        ),
+        "activation, tracked": (
+            3 * size + mask,
+            lambda: ops.fake_quantize_track_forward(x, *state, 0.01, 0, 255, -1, False, 0, False),
+        ),
+    }
+    times = seconds({name: call for name, (_, call) in calls.items()})
+    rate = {name: calls[name][0] / times[name] for name in calls}
+    layout = str(form).removeprefix("torch.")
+    return [
+        {"what": f"{name}, {layout}", "ms": 1000 * times[name], "GB/s": rate[name] / 1e9,
+         "of the copy": rate[name] / rate["copy"]}
+        for name in calls
+    ]  # fmt: skip
+
+
 def products(m: int, n: int, k: int) -> list[dict[str, object]]:
     """One matrix product with its epilogue, and the same in other ways."""
     x = torch.randint(0, 128, (m, k), dtype=torch.uint8, device="cuda")
@@ -130,6 +176,7 @@ def main() -> None:
     if not native.status().cuda:
         sys.exit(f"the native extension has no CUDA kernels: {native.status()}")
     rows = [row for dtype in (torch.float32, torch.bfloat16) for row in passes(dtype)]
+    rows += [row for form in (torch.contiguous_format, torch.channels_last) for row in fused_passes(form)]
     for shape in ((4096, 4096, 4096), (8192, 1024, 1024), (256, 4096, 4096)):
         rows += products(*shape)
     for layer in ((64, 56, 64, 64, 3), (64, 14, 256, 256, 3), (64, 56, 64, 256, 1)):

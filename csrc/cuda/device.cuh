@@ -26,7 +26,7 @@ __device__ inline void load(Octet<T>& to, const T* from, int count, bool aligned
     const uint4* words = reinterpret_cast<const uint4*>(from);
     uint4* out = reinterpret_cast<uint4*>(&to);
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(to) / 16); ++i) out[i] = __ldg(words + i);
+    for (int i = 0; i < static_cast<int>(sizeof(to) / 16); ++i) out[i] = words[i];  // in-place passes read what they write
     return;
   }
 #pragma unroll
@@ -48,6 +48,13 @@ __device__ inline void store(T* to, const Octet<T>& from, int count, bool aligne
 }
 
 inline bool is_aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// One thread for each of `count` small tasks.
+inline unsigned blocks_of_each(int64_t count) {
+  return static_cast<unsigned>((count + threads_per_block - 1) / threads_per_block + (count == 0));
+}
+
+__device__ inline int64_t thread_of_grid() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 
 // Integer atomics on the patterns: patterns of positive floats are ordered, those of negative ones the other way round.
 // Exact, so the order of the threads changes nothing. `v` is neither nan nor -0.
@@ -71,6 +78,20 @@ __device__ inline float warp_high(float v) {
 #pragma unroll
   for (int d = 16; d > 0; d /= 2) v = larger(v, __shfl_xor_sync(0xffffffffu, v, d));
   return v;
+}
+
+// The negative nan of all ones and the positive one of most ones win over all other patterns in the atomics above.
+__device__ inline void atomic_nan(float* low, float* high) {
+  atomicMax(reinterpret_cast<unsigned*>(low), 0xffffffffu);
+  atomicMax(reinterpret_cast<int*>(high), 0x7fffffff);
+}
+
+// The extrema of a warp's threads, which all call, with one atomic each.
+__device__ inline void widen_one(const ExtremaOut& to, const Extrema& own) {
+  const float low = warp_low(own.low), high = warp_high(own.high);
+  if (threadIdx.x % 32 != 0 || low > high) return;  // nothing finite
+  atomic_low(to.low, low);
+  atomic_high(to.high, high);
 }
 
 // One atomic a warp; every thread of the warp calls.

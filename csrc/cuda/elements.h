@@ -1,23 +1,12 @@
 // Fake quantization of eight elements: what one thread does at a time, one byte of the mask.
 #pragma once
 
+#include "../kernels/ranges.h"
 #include "host_device.h"
 
 namespace qat::cuda {
 
 constexpr int octet = 8;
-
-struct Range {
-  float low;
-  float high;
-};
-
-// Dense memory as (outer, channels, inner), the last running fastest; without channels (1, 1, n).
-struct Layout {
-  int64_t outer;
-  int64_t channels;
-  int64_t inner;
-};
 
 template <class T>
 struct alignas(octet * sizeof(T)) Octet {

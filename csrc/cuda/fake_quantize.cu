@@ -144,8 +144,7 @@ __global__ void clear(ExtremaOut extrema, int64_t channels) {
 }  // namespace
 
 cudaError_t clear_extrema(ExtremaOut extrema, int64_t channels, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>((channels + threads_per_block - 1) / threads_per_block + (channels == 0));
-  clear<<<blocks, threads_per_block, 0, stream>>>(extrema, channels);
+  clear<<<blocks_of_each(channels), threads_per_block, 0, stream>>>(extrema, channels);
   return cudaGetLastError();
 }
 

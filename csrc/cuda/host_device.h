@@ -5,11 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define QAT_HD __host__ __device__ inline
-#else
-#define QAT_HD inline
-#endif
+#include "../kernels/hd.h"
 
 namespace qat::cuda {
 
@@ -28,6 +24,23 @@ QAT_HD float round_even(float x) {
   return rintf(x);
 #else
   return std::nearbyint(x);
+#endif
+}
+
+// Correctly rounded whatever the compiler's options are.
+QAT_HD float root(float x) {
+#ifdef __CUDA_ARCH__
+  return __fsqrt_rn(x);
+#else
+  return std::sqrt(x);
+#endif
+}
+
+QAT_HD double root(double x) {
+#ifdef __CUDA_ARCH__
+  return __dsqrt_rn(x);
+#else
+  return std::sqrt(x);
 #endif
 }
 

@@ -8,18 +8,15 @@
 
 #include <cstdint>
 
-#include "elements.h"
+#include "../kernels/histogram.h"
+#include "../kernels/ranges.h"
 #include "gather.h"
 #include "requantize.h"
+#include "weight.h"
 
 namespace qat::cuda {
 
-// Widened and added to; one value a channel, the count of nan and infinities for all. null: not wanted.
-struct ExtremaOut {
-  float* low;
-  float* high;
-  int64_t* nonfinite;
-};
+// ---- extrema (null: not wanted) and static grids
 
 // Sets low to inf, high to -inf and the count to 0.
 cudaError_t clear_extrema(ExtremaOut extrema, int64_t channels, cudaStream_t stream);
@@ -35,48 +32,114 @@ cudaError_t mask_gradient(const T* grad, const uint8_t* bits, T* out, int64_t n,
 template <class T>
 cudaError_t observe_extrema(const T* x, Layout layout, ExtremaOut extrema, cudaStream_t stream);
 
-// Counts by the upper 16 bits of the float32 pattern into counts[65536], and widens the extrema of the one channel.
+// Behind observe_extrema: widens by what is not finite, by channel; a nan makes both ends nan. Free where the count is 0.
 template <class T>
-cudaError_t observe_histogram(const T* x, int64_t n, int64_t* counts, ExtremaOut extrema, cudaStream_t stream);
+cudaError_t include_nonfinite(const T* x, Layout layout, ExtremaOut extrema, cudaStream_t stream);
 
-// Floats of scratch that a reduction over all but the channels needs.
-int64_t reduction_scratch(Layout layout);
+// Moves the ranges of `to` towards those of a batch, and adds the count.
+cudaError_t move_averages(ExtremaOut batch, int64_t channels, double momentum, ExtremaOut to, cudaStream_t stream);
 
-// Gradients of a learned grid (LSQ, LSQ+): dx through the range mask, and for each channel the sums of
-// grad * d(y)/d(scale) and grad * d(y)/d(zero_point).
+// Counts into (channels, bins), and widens the extrema. The bins of nan and infinities are not touched.
 template <class T>
-cudaError_t learned_backward(const T* x, const T* grad, T* dx, Layout layout, const float* scale,
-                             const float* zero_point, Range range, float* dscale, float* dzero_point, float* scratch,
-                             cudaStream_t stream);
+cudaError_t observe_histogram(const T* x, Layout layout, const HistogramOut& out, cudaStream_t stream);
 
-enum class Activation : int { none = 0, relu = 1, relu6 = 2 };
+// ---- grids that follow the data
 
-// Batch norm: statistics of this batch (mean, biased variance).
-template <class T>
-cudaError_t batch_statistics(const T* x, Layout layout, float* mean, float* variance, float* scratch,
-                             cudaStream_t stream);
+// The grids of ranges; the zero points as numbers.
+cudaError_t set_grids(const float* low, const float* high, int64_t channels, const GridRule& rule, float* scale,
+                      float* zero_point, cudaStream_t stream);
 
-// Of the statistics, the frozen ones too: inverse[c] = 1 / sqrt(variance[c] + epsilon).
-cudaError_t inverse_deviation(const float* variance, float epsilon, int64_t channels, float* inverse,
-                              cudaStream_t stream);
-
-struct Norm {
-  const float *mean, *inverse, *gamma, *beta;  // one a channel
+struct Tracking {
+  Tracked state;
+  int64_t* samples;
+  float momentum;
+  GridRule rule;
 };
 
-// y = fake_quantize(activation(norm(x) + residual)); bit i tells that the gradient passes (activation and range).
-// residual may be null; scale null: no fake quantization; bits may be null; extrema are those before quantization, of
-// the one channel.
-template <class T>
-cudaError_t norm_apply(const T* x, const T* residual, T* y, uint8_t* bits, Layout layout, Norm norm,
-                       Activation activation, const float* scale, const float* zero_point, Range range,
-                       ExtremaOut extrema, cudaStream_t stream);
+// `track_range` of csrc/kernels/ranges.h, and `rows` more samples. Where *nonfinite is not 0 no range is moved; null: what
+// is not finite is in the extrema. `zero_point` gets the zero points as numbers.
+cudaError_t track_ranges(const float* low, const float* high, const int64_t* nonfinite, int64_t channels, int64_t rows,
+                         const Tracking& tracking, float* zero_point, cudaStream_t stream);
 
-// dgamma and dbeta, then dx, and the residual's gradient where dresidual is not null. `frozen`: the statistics were
-// constants.
+// out = w * f, and y = folded / f.
 template <class T>
-cudaError_t norm_backward(const T* x, const T* grad, const uint8_t* bits, Layout layout, Norm norm, bool frozen, T* dx,
-                          T* dresidual, float* dgamma, float* dbeta, float* scratch, cudaStream_t stream);
+cudaError_t fold_weight(const T* w, int64_t n, const BatchNorm& f, float* out, cudaStream_t stream);
+template <class T>
+cudaError_t unfold_weight(const float* folded, int64_t n, const BatchNorm& f, T* y, cudaStream_t stream);
+
+// ---- learned grids
+
+// Bytes of scratch, aligned as for a double, that a reduction over all but the channels needs.
+int64_t reduction_scratch(Layout layout);
+
+// The codes next to learned zero points.
+cudaError_t nearest_codes(const float* zero_point, int64_t count, Range range, float* codes, cudaStream_t stream);
+
+// Gradients of a learned grid (LSQ, LSQ+): dx through the range mask, and for each channel the sums of
+// grad * d(y)/d(scale) and grad * d(y)/d(zero_point), times grad_scale.
+template <class T>
+cudaError_t learned_backward(const T* x, const T* grad, T* dx, Layout layout, const float* scale,
+                             const float* zero_point, Range range, double grad_scale, float* dscale,
+                             float* dzero_point, void* scratch, cudaStream_t stream);
+
+// ---- batch norm or addition, clamp, fake quantization
+
+struct NormParameters {
+  const float *gamma, *beta;           // null: ones, zeros
+  float *running_mean, *running_var;   // null: none
+  double momentum, eps;
+};
+
+// One value a channel; low and high are the extrema of x.
+struct NormLines {
+  float *mean, *inverse, *factor, *shift, *low, *high;
+};
+
+// Statistics of the batch, the running ones moved towards them, and the extrema.
+cudaError_t batch_lines(const float* x, Layout layout, const NormParameters& parameters, const NormLines& lines,
+                        void* scratch, cudaStream_t stream);
+
+// Of the running statistics; the extrema stay as they are.
+cudaError_t frozen_lines(int64_t channels, const NormParameters& parameters, const NormLines& lines,
+                         cudaStream_t stream);
+
+// Tracks the range of the one grid: that of clamped lines through the extrema of the channels. factor null: the extrema are
+// those of the one tensor. nonfinite as in `track_ranges`.
+cudaError_t track_lines(const float* low, const float* high, const float* factor, const float* shift,
+                        const int64_t* nonfinite, int64_t channels, Range bounds, int64_t rows,
+                        const Tracking& tracking, cudaStream_t stream);
+
+// Steps behind the line or the sum; scale null: no fake quantization.
+struct StepsOnDevice {
+  Range bounds;
+  const float* scale;
+  const int32_t* zero_point;
+  Range codes;
+};
+
+// y = steps of x * factor + shift; bit i of `bits` (may be null) tells that the gradient passes.
+cudaError_t norm_apply(const float* x, float* y, uint8_t* bits, Layout layout, const float* factor, const float* shift,
+                       const StepsOnDevice& steps, cudaStream_t stream);
+
+// y = steps of x + other.
+cudaError_t add_apply(const float* x, const float* other, float* y, uint8_t* bits, int64_t n,
+                      const StepsOnDevice& steps, cudaStream_t stream);
+
+// Widens by x + other.
+cudaError_t add_extrema(const float* x, const float* other, int64_t n, ExtremaOut extrema, cudaStream_t stream);
+
+// One value a channel. dgamma null: the statistics were constants and no gradient of gamma and beta is wanted; slope null:
+// the statistics were constants.
+struct NormSlopes {
+  const float *gamma, *mean, *inverse;  // gamma null: ones
+  float *factor, *slope, *offset, *dgamma, *dbeta;
+};
+
+// The gradients of batch norm, of gamma and beta too where they are not null.
+cudaError_t norm_backward(const float* x, const float* grad, const uint8_t* bits, Layout layout,
+                          const NormSlopes& slopes, float* dx, void* scratch, cudaStream_t stream);
+
+// ---- codes
 
 // out[n] = bias[n] - x_zero_point * sum of weight row n; bias may be null.
 cudaError_t fold_zero_point(const int8_t* weight, const int32_t* bias, int32_t x_zero_point, int64_t rows,

@@ -1,4 +1,4 @@
-// Gradients of a learned grid: of x through the range mask, of scale and zero point by a reduction of fixed order.
+// Learned grids: the codes of zero points, and the gradients: of x through the range mask, of the grid by a reduction.
 #include "launch.h"
 #include "reduce.cuh"
 
@@ -6,43 +6,58 @@ namespace qat::cuda {
 namespace {
 
 template <class T>
-struct LearnedTerms {
+struct Terms {
+  using Sum = Pair;
   const T *x, *grad;
   T* dx;
   const float *scale, *zero_point;
   Range range;
 
-  __device__ Pair operator()(int64_t channel, int64_t at) const {
-    const float value = to_float(x[at]), s = scale[channel], z = zero_point[channel];
+  __device__ void add(Pair& own, int64_t channel, int64_t at) const {
     const T g = grad[at];
-    dx[at] = fake_quantize(value, s, z, range).inside ? g : T(0);  // every element is visited once
-    return learned_terms(value, to_float(g), s, z, range);
+    const LearnedTerms t = learned_terms(to_float(x[at]), to_float(g), scale[channel], zero_point[channel], range);
+    dx[at] = t.inside ? g : T(0);  // every element is visited once
+    own.add(t.scale, t.zero_point);
   }
 };
 
-struct LearnedFinish {
+struct Finish {
+  double grad_scale;
   float *dscale, *dzero_point;
-  __device__ void operator()(int64_t channel, double first, double second) const {
-    dscale[channel] = static_cast<float>(first);
-    dzero_point[channel] = static_cast<float>(second);
+  __device__ void operator()(int64_t channel, const Pair& sums) const {
+    dscale[channel] = static_cast<float>(sums.first * grad_scale);
+    dzero_point[channel] = static_cast<float>(sums.second * grad_scale);
   }
 };
+
+__global__ void round_codes(const float* zero_point, int64_t count, Range range, float* codes) {
+  const int64_t i = thread_of_grid();
+  if (i < count) codes[i] = nearest_code(zero_point[i], range);
+}
 
 }  // namespace
 
-int64_t reduction_scratch(Layout layout) { return 2 * splits_of(layout) * layout.channels; }
+int64_t reduction_scratch(Layout layout) {
+  return splits_of(layout) * layout.channels * static_cast<int64_t>(sizeof(Moments));  // the largest sum
+}
+
+cudaError_t nearest_codes(const float* zero_point, int64_t count, Range range, float* codes, cudaStream_t stream) {
+  round_codes<<<blocks_of_each(count), threads_per_block, 0, stream>>>(zero_point, count, range, codes);
+  return cudaGetLastError();
+}
 
 template <class T>
 cudaError_t learned_backward(const T* x, const T* grad, T* dx, Layout layout, const float* scale,
-                             const float* zero_point, Range range, float* dscale, float* dzero_point, float* scratch,
-                             cudaStream_t stream) {
-  return reduce_channels(LearnedTerms<T>{x, grad, dx, scale, zero_point, range}, LearnedFinish{dscale, dzero_point},
+                             const float* zero_point, Range range, double grad_scale, float* dscale,
+                             float* dzero_point, void* scratch, cudaStream_t stream) {
+  return reduce_channels(Terms<T>{x, grad, dx, scale, zero_point, range}, Finish{grad_scale, dscale, dzero_point},
                          layout, scratch, stream);
 }
 
-template cudaError_t learned_backward(const float*, const float*, float*, Layout, const float*, const float*, Range,
-                                      float*, float*, float*, cudaStream_t);
-template cudaError_t learned_backward(const uint16_t*, const uint16_t*, uint16_t*, Layout, const float*, const float*,
-                                      Range, float*, float*, float*, cudaStream_t);
+#define QAT_INSTANTIATE(T)                                                                                         \
+  template cudaError_t learned_backward(const T*, const T*, T*, Layout, const float*, const float*, Range, double, \
+                                        float*, float*, void*, cudaStream_t);
+QAT_INSTANTIATE(float)
+QAT_INSTANTIATE(uint16_t)
 
 }  // namespace qat::cuda

@@ -1,209 +1,298 @@
-// Batch norm, activation, residual addition, observation and fake quantization: two passes forward, two backward.
+// Batch norm or an addition, clamp, observation and fake quantization: two passes forward, two backward.
+#include "../kernels/grid.h"
+#include "affine.h"
 #include "launch.h"
 #include "reduce.cuh"
 
 namespace qat::cuda {
 namespace {
 
-// Sums of the differences to the channel's first element: the variance does not cancel.
-template <class T>
-struct StatisticsTerms {
-  const T* x;
-  int64_t inner;
-  __device__ Pair operator()(int64_t channel, int64_t at) const {
-    const float d = to_float(x[at]) - to_float(x[channel * inner]);
-    return {d, d * d};
-  }
+// ---- by channel
+
+struct MomentTerms {
+  using Sum = Moments;
+  const float* x;
+  __device__ void add(Moments& own, int64_t, int64_t at) const { own.add(x[at]); }
 };
 
-template <class T>
-struct StatisticsFinish {
-  const T* x;
-  int64_t inner;
-  double count;
-  float *mean, *variance;
-  __device__ void operator()(int64_t channel, double first, double second) const {
-    const double shift = first / count;
-    mean[channel] = static_cast<float>(to_float(x[channel * inner]) + shift);
-    const double v = second / count - shift * shift;
-    variance[channel] = static_cast<float>(v < 0 ? 0.0 : v);
-  }
-};
-
-template <class T>
-struct BackwardTerms {
-  const T *x, *grad;
-  const uint8_t* bits;
-  Norm norm;
-  __device__ Pair operator()(int64_t channel, int64_t at) const {
-    if (!((bits[at / 8] >> (at % 8)) & 1)) return {0.0f, 0.0f};
-    const float g = to_float(grad[at]);
-    return {g, g * normalized(to_float(x[at]), norm.mean[channel], norm.inverse[channel])};
-  }
-};
-
-struct BackwardFinish {
-  float *dgamma, *dbeta;
-  __device__ void operator()(int64_t channel, double first, double second) const {
-    dbeta[channel] = static_cast<float>(first);
-    dgamma[channel] = static_cast<float>(second);
-  }
-};
-
-__global__ void invert(const float* variance, float epsilon, int64_t channels, float* inverse) {
-  const int64_t c = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (c < channels) inverse[c] = divide(1.0f, __fsqrt_rn(variance[c] + epsilon));
+__device__ void set_line(const NormParameters& p, const NormLines& lines, int64_t c) {
+  const Line line = line_of(lines.mean[c], lines.inverse[c], p.gamma == nullptr ? 1.0f : p.gamma[c],
+                            p.beta == nullptr ? 0.0f : p.beta[c]);
+  lines.factor[c] = line.factor;
+  lines.shift[c] = line.shift;
 }
 
-template <class T>
-struct Apply {
-  const T *x, *residual;
-  T* y;
-  uint8_t* bits;
-  Norm norm;
-  int activation;
-  const float *scale, *zero_point;
-  Range range;
-  ExtremaOut extrema;
-  bool aligned;
+struct MomentFinish {
+  double count;
+  NormParameters p;
+  NormLines lines;
+  __device__ void operator()(int64_t c, const Moments& m) const {
+    const Statistics s = statistics_of(m, count, p.eps);
+    lines.mean[c] = s.mean;
+    lines.inverse[c] = s.inverse;
+    lines.low[c] = m.low;
+    lines.high[c] = m.high;
+    float *mean = p.running_mean, *var = p.running_var;
+    if (mean != nullptr) mean[c] = moved_statistic(mean[c], s.center, p.momentum);
+    if (var != nullptr) var[c] = moved_statistic(var[c], s.spread * count / (count - 1.0), p.momentum);
+    set_line(p, lines, c);
+  }
 };
 
-template <class T>
-__global__ void __launch_bounds__(threads_per_block) apply(const Apply<T> p, int64_t n, int64_t channels, int64_t inner) {
+__global__ void freeze(int64_t channels, NormParameters p, NormLines lines) {
+  const int64_t c = thread_of_grid();
+  if (c >= channels) return;
+  lines.mean[c] = p.running_mean[c];
+  lines.inverse[c] = frozen_inverse(p.running_var[c], static_cast<float>(p.eps));
+  set_line(p, lines, c);
+}
+
+// One block.
+__global__ void __launch_bounds__(threads_per_block)
+    follow(const float* low, const float* high, const float* factor, const float* shift, const int64_t* nonfinite,
+           int64_t channels, Range bounds, int64_t rows, Tracking t) {
+  __shared__ Reached sums[threads_per_block];
+  Reached own;
+  own.clear();
+  for (int64_t c = threadIdx.x; c < channels; c += threads_per_block) {
+    const Line line = factor == nullptr ? Line{1.0f, 0.0f} : Line{factor[c], shift[c]};
+    own.add(low[c], line);
+    own.add(high[c], line);
+  }
+  fold_block<1>(sums, own);
+  if (threadIdx.x != 0) return;
+  Reached all = sums[0];
+  all.numbers = all.numbers && (nonfinite == nullptr || *nonfinite == 0);
+  const Range range = all.clamped(bounds);
+  grid::track(range.low, range.high, t.momentum, t.rule, t.state, 0);
+  *t.samples += rows;
+}
+
+// ---- by element
+
+__device__ NormSteps steps_of(const StepsOnDevice& s) {
+  const bool quantize = s.scale != nullptr;
+  return {s.bounds.low, s.bounds.high, quantize, quantize ? *s.scale : 1.0f,
+          quantize ? static_cast<float>(*s.zero_point) : 0.0f, s.codes};
+}
+
+// One value a channel for eight elements: `rows` where whole octets lie side by side in a row of channels.
+template <bool rows, class Index>
+__device__ void values_of(Octet<float>& to, const float* values, Index start, int count, const Channel<Index>& at) {
+  if (rows) load(to, values + start, octet, true);
+  else spread(to, values, count, at);
+}
+
+template <bool rows, class Index>
+__global__ void __launch_bounds__(threads_per_block)
+    apply(const float* x, float* y, uint8_t* bits, Index n, Index channels, Index inner, const float* factor,
+          const float* shift, StepsOnDevice on_device, bool aligned) {
+  const NormSteps steps = steps_of(on_device);
+  const Index octets = (n + octet - 1) / octet, step = static_cast<Index>(gridDim.x) * blockDim.x;
+  for (Index o = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; o < octets; o += step) {
+    const Index start = o * octet;
+    const int count = static_cast<int>(n - start < octet ? n - start : octet);
+    Octet<float> v, factors, shifts;
+    load(v, x + start, count, aligned);
+    const Channel<Index> at(rows ? 0 : start, channels, inner);
+    const Index column = rows ? start % channels : 0;
+    values_of<rows>(factors, factor, column, count, at);
+    values_of<rows>(shifts, shift, column, count, at);
+    const uint8_t own = norm_octet(v, count, factors, shifts, steps);
+    store(y + start, v, count, aligned);
+    if (bits != nullptr) bits[o] = own;
+  }
+}
+
+__global__ void __launch_bounds__(threads_per_block) add(const float* x, const float* other, float* y, uint8_t* bits,
+                                                         int64_t n, StepsOnDevice on_device, bool aligned) {
+  const NormSteps steps = steps_of(on_device);
+  const int64_t octets = (n + octet - 1) / octet, step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t o = thread_of_grid(); o < octets; o += step) {
+    const int64_t start = o * octet;
+    const int count = static_cast<int>(n - start < octet ? n - start : octet);
+    Octet<float> a, b;
+    load(a, x + start, count, aligned);
+    load(b, other + start, count, aligned);
+    const uint8_t own = add_octet(a, b, count, steps);
+    store(y + start, a, count, aligned);
+    if (bits != nullptr) bits[o] = own;
+  }
+}
+
+__global__ void __launch_bounds__(threads_per_block)
+    observe_sum(const float* x, const float* other, int64_t n, ExtremaOut extrema, bool aligned) {
   Extrema own;
   own.clear();
-  const bool quantize = p.scale != nullptr;
-  const float s = quantize ? *p.scale : 1.0f, z = quantize ? *p.zero_point : 0.0f;
   const int64_t octets = (n + octet - 1) / octet, step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t o = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; o < octets; o += step) {
+  for (int64_t o = thread_of_grid(); o < octets; o += step) {
     const int64_t start = o * octet;
     const int count = static_cast<int>(n - start < octet ? n - start : octet);
-    Octet<T> x, other{};
-    load(x, p.x + start, count, p.aligned);
-    if (p.residual != nullptr) load(other, p.residual + start, count, p.aligned);
-    Channel<int64_t> at(start, channels, inner);
-    uint32_t bits = 0;
+    Octet<float> a, b;
+    load(a, x + start, count, aligned);
+    load(b, other + start, count, aligned);
 #pragma unroll
     for (int i = 0; i < octet; ++i) {
-      if (i >= count) break;
-      const int64_t c = at.channel;
-      float v = fused(normalized(to_float(x.value[i]), p.norm.mean[c], p.norm.inverse[c]), p.norm.gamma[c],
-                      p.norm.beta[c]);
-      if (p.residual != nullptr) v += to_float(other.value[i]);
-      bool passes;
-      v = activate(v, p.activation, passes);
-      own.add(v);
-      if (quantize) {
-        const Quantized q = fake_quantize(v, s, z, p.range);
-        v = q.value;
-        passes = passes && q.inside;
-      }
-      from_float(v, x.value[i]);
-      bits |= static_cast<uint32_t>(passes) << i;
-      at.next();
+      if (i < count) own.add(a.value[i] + b.value[i]);
     }
-    store(p.y + start, x, count, p.aligned);
-    if (p.bits != nullptr) p.bits[o] = static_cast<uint8_t>(bits);
   }
-  if (p.extrema.low == nullptr) return;
-  count_into(p.extrema.nonfinite, own.nonfinite);
-  const float low = warp_low(own.low), high = warp_high(own.high);
-  if (threadIdx.x % 32 != 0 || low > high) return;
-  atomic_low(p.extrema.low, low);
-  atomic_high(p.extrema.high, high);
+  count_into(extrema.nonfinite, own.nonfinite);
+  widen_one(extrema, own);
 }
 
-template <class T>
-struct Backward {
-  const T *x, *grad;
+// ---- the gradient
+
+struct ProductTerms {
+  using Sum = Pair;
+  const float *x, *grad;
   const uint8_t* bits;
-  Norm norm;
-  bool frozen;
-  const float *dgamma, *dbeta;
-  float count;
-  T *dx, *dresidual;
-  bool aligned;
+  __device__ void add(Pair& own, int64_t, int64_t at) const {
+    add_product(own, (bits[at / 8] >> (at % 8)) & 1 ? grad[at] : 0.0f, x[at]);
+  }
 };
 
-template <class T>
+struct ProductFinish {
+  double count;
+  NormSlopes s;
+  __device__ void operator()(int64_t c, const Pair& sums) const {
+    const Slope made = slope_of(sums, s.mean[c], s.inverse[c], s.gamma == nullptr ? 1.0f : s.gamma[c]);
+    s.factor[c] = made.factor;
+    s.dgamma[c] = made.dgamma;
+    s.dbeta[c] = made.dbeta;
+    if (s.slope == nullptr) return;
+    s.slope[c] = static_cast<float>(made.slope / count);
+    s.offset[c] = static_cast<float>(made.offset / count);
+  }
+};
+
+__global__ void factors_of(int64_t channels, NormSlopes s) {
+  const int64_t c = thread_of_grid();
+  if (c < channels) s.factor[c] = (s.gamma == nullptr ? 1.0f : s.gamma[c]) * s.inverse[c];
+}
+
+template <bool rows, bool frozen, class Index>
 __global__ void __launch_bounds__(threads_per_block)
-    backward(const Backward<T> p, int64_t n, int64_t channels, int64_t inner) {
-  const int64_t octets = (n + octet - 1) / octet, step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t o = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; o < octets; o += step) {
-    const int64_t start = o * octet;
+    gradient(const float* x, const float* grad, const uint8_t* bits, float* dx, Index n, Index channels, Index inner,
+             NormSlopes s, bool aligned) {
+  const Index octets = (n + octet - 1) / octet, step = static_cast<Index>(gridDim.x) * blockDim.x;
+  for (Index o = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; o < octets; o += step) {
+    const Index start = o * octet;
     const int count = static_cast<int>(n - start < octet ? n - start : octet);
-    Octet<T> x, grad;
-    load(x, p.x + start, count, p.aligned);
-    load(grad, p.grad + start, count, p.aligned);
-    mask_octet(grad, p.bits[o]);
-    if (p.dresidual != nullptr) store(p.dresidual + start, grad, count, p.aligned);
-    Channel<int64_t> at(start, channels, inner);
+    Octet<float> g, factors;
+    load(g, grad + start, count, aligned);
+    mask_octet(g, bits[o]);
+    const Channel<Index> at(rows ? 0 : start, channels, inner);
+    const Index column = rows ? start % channels : 0;
+    values_of<rows>(factors, s.factor, column, count, at);
+    if (frozen) {
+      // x is not read: an infinity in it must not become nan
 #pragma unroll
-    for (int i = 0; i < octet; ++i) {
-      if (i >= count) break;
-      const int64_t c = at.channel;
-      const float inverse = p.norm.inverse[c];
-      const float nx = normalized(to_float(x.value[i]), p.norm.mean[c], inverse);
-      from_float(norm_gradient(to_float(grad.value[i]), nx, p.norm.gamma[c] * inverse, p.dbeta[c], p.dgamma[c],
-                               p.count, p.frozen),
-                 x.value[i]);
-      at.next();
+      for (int i = 0; i < octet; ++i) g.value[i] *= factors.value[i];
+    } else {
+      Octet<float> v, slopes, centers, offsets;
+      load(v, x + start, count, aligned);
+      values_of<rows>(slopes, s.slope, column, count, at);
+      values_of<rows>(centers, s.mean, column, count, at);
+      values_of<rows>(offsets, s.offset, column, count, at);
+#pragma unroll
+      for (int i = 0; i < octet; ++i) {
+        g.value[i] = norm_gradient(g.value[i], v.value[i], factors.value[i], slopes.value[i], centers.value[i],
+                                   offsets.value[i]);
+      }
     }
-    store(p.dx + start, x, count, p.aligned);
+    store(dx + start, g, count, aligned);
   }
 }
 
-int64_t size(Layout layout) { return layout.outer * layout.channels * layout.inner; }
+// f(whether channels are rows of whole octets, sizes in the smallest type that holds them); `aligned`: so are the values of
+// the channels.
+template <class F>
+void with_index(Layout layout, bool aligned, F f) {
+  const int64_t n = layout.size(), channels = layout.channels, inner = layout.inner;
+  const bool rows = aligned && inner == 1 && channels % octet == 0;
+  const auto sized = [&](auto is_rows) {
+    if (n < int64_t{1} << 31) {
+      f(is_rows, static_cast<uint32_t>(n), static_cast<uint32_t>(channels), static_cast<uint32_t>(inner));
+    } else {
+      f(is_rows, static_cast<uint64_t>(n), static_cast<uint64_t>(channels), static_cast<uint64_t>(inner));
+    }
+  };
+  if (rows) sized(std::true_type{});
+  else sized(std::false_type{});
+}
+
+int blocks_of_octets(int64_t n) { return blocks_for((n + octet - 1) / octet); }
 
 }  // namespace
 
-cudaError_t inverse_deviation(const float* variance, float epsilon, int64_t channels, float* inverse,
-                              cudaStream_t stream) {
-  invert<<<static_cast<unsigned>((channels + 255) / 256), 256, 0, stream>>>(variance, epsilon, channels, inverse);
-  return cudaGetLastError();
-}
-
-template <class T>
-cudaError_t batch_statistics(const T* x, Layout layout, float* mean, float* variance, float* scratch,
-                             cudaStream_t stream) {
+cudaError_t batch_lines(const float* x, Layout layout, const NormParameters& parameters, const NormLines& lines,
+                        void* scratch, cudaStream_t stream) {
   const auto count = static_cast<double>(layout.outer * layout.inner);
-  return reduce_channels(StatisticsTerms<T>{x, layout.inner},
-                         StatisticsFinish<T>{x, layout.inner, count, mean, variance}, layout, scratch, stream);
+  return reduce_channels(MomentTerms{x}, MomentFinish{count, parameters, lines}, layout, scratch, stream);
 }
 
-template <class T>
-cudaError_t norm_apply(const T* x, const T* residual, T* y, uint8_t* bits, Layout layout, Norm norm,
-                       Activation activation, const float* scale, const float* zero_point, Range range,
-                       ExtremaOut extrema, cudaStream_t stream) {
-  const bool aligned = is_aligned(x) && is_aligned(y) && (residual == nullptr || is_aligned(residual));
-  const Apply<T> p{x, residual, y, bits, norm, static_cast<int>(activation), scale, zero_point, range, extrema, aligned};
-  const int64_t n = size(layout);
-  apply<<<blocks_for((n + octet - 1) / octet), threads_per_block, 0, stream>>>(p, n, layout.channels, layout.inner);
+cudaError_t frozen_lines(int64_t channels, const NormParameters& parameters, const NormLines& lines,
+                         cudaStream_t stream) {
+  freeze<<<blocks_of_each(channels), threads_per_block, 0, stream>>>(channels, parameters, lines);
   return cudaGetLastError();
 }
 
-template <class T>
-cudaError_t norm_backward(const T* x, const T* grad, const uint8_t* bits, Layout layout, Norm norm, bool frozen, T* dx,
-                          T* dresidual, float* dgamma, float* dbeta, float* scratch, cudaStream_t stream) {
-  const cudaError_t error = reduce_channels(BackwardTerms<T>{x, grad, bits, norm}, BackwardFinish{dgamma, dbeta},
-                                            layout, scratch, stream);
+cudaError_t track_lines(const float* low, const float* high, const float* factor, const float* shift,
+                        const int64_t* nonfinite, int64_t channels, Range bounds, int64_t rows,
+                        const Tracking& tracking, cudaStream_t stream) {
+  follow<<<1, threads_per_block, 0, stream>>>(low, high, factor, shift, nonfinite, channels, bounds, rows, tracking);
+  return cudaGetLastError();
+}
+
+cudaError_t norm_apply(const float* x, float* y, uint8_t* bits, Layout layout, const float* factor, const float* shift,
+                       const StepsOnDevice& steps, cudaStream_t stream) {
+  const bool aligned = is_aligned(x) && is_aligned(y);
+  with_index(layout, is_aligned(factor) && is_aligned(shift), [&](auto rows, auto n, auto channels, auto inner) {
+    apply<decltype(rows)::value><<<blocks_of_octets(layout.size()), threads_per_block, 0, stream>>>(
+        x, y, bits, n, channels, inner, factor, shift, steps, aligned);
+  });
+  return cudaGetLastError();
+}
+
+cudaError_t add_apply(const float* x, const float* other, float* y, uint8_t* bits, int64_t n,
+                      const StepsOnDevice& steps, cudaStream_t stream) {
+  const bool aligned = is_aligned(x) && is_aligned(other) && is_aligned(y);
+  add<<<blocks_of_octets(n), threads_per_block, 0, stream>>>(x, other, y, bits, n, steps, aligned);
+  return cudaGetLastError();
+}
+
+cudaError_t add_extrema(const float* x, const float* other, int64_t n, ExtremaOut extrema, cudaStream_t stream) {
+  observe_sum<<<blocks_of_octets(n), threads_per_block, 0, stream>>>(x, other, n, extrema,
+                                                                   is_aligned(x) && is_aligned(other));
+  return cudaGetLastError();
+}
+
+cudaError_t norm_backward(const float* x, const float* grad, const uint8_t* bits, Layout layout,
+                          const NormSlopes& slopes, float* dx, void* scratch, cudaStream_t stream) {
+  cudaError_t error;
+  if (slopes.dgamma != nullptr) {
+    const auto count = static_cast<double>(layout.outer * layout.inner);
+    error = reduce_channels(ProductTerms{x, grad, bits}, ProductFinish{count, slopes}, layout, scratch, stream);
+  } else {
+    factors_of<<<blocks_of_each(layout.channels), threads_per_block, 0, stream>>>(layout.channels, slopes);
+    error = cudaGetLastError();
+  }
   if (error != cudaSuccess) return error;
-  const bool aligned = is_aligned(x) && is_aligned(grad) && is_aligned(dx) &&
-                       (dresidual == nullptr || is_aligned(dresidual));
-  const Backward<T> p{x, grad, bits, norm, frozen, dgamma, dbeta, static_cast<float>(layout.outer * layout.inner),
-                      dx, dresidual, aligned};
-  const int64_t n = size(layout);
-  backward<<<blocks_for((n + octet - 1) / octet), threads_per_block, 0, stream>>>(p, n, layout.channels, layout.inner);
+  const bool aligned = is_aligned(x) && is_aligned(grad) && is_aligned(dx);
+  const int blocks = blocks_of_octets(layout.size());
+  const bool values_aligned = is_aligned(slopes.factor) && is_aligned(slopes.mean) && is_aligned(slopes.slope) &&
+                              is_aligned(slopes.offset);
+  with_index(layout, values_aligned, [&](auto rows, auto n, auto channels, auto inner) {
+    constexpr bool r = decltype(rows)::value;
+    if (slopes.slope == nullptr) {
+      gradient<r, true>
+          <<<blocks, threads_per_block, 0, stream>>>(x, grad, bits, dx, n, channels, inner, slopes, aligned);
+    } else {
+      gradient<r, false>
+          <<<blocks, threads_per_block, 0, stream>>>(x, grad, bits, dx, n, channels, inner, slopes, aligned);
+    }
+  });
   return cudaGetLastError();
 }
-
-#define QAT_INSTANTIATE(T)                                                                                             \
-  template cudaError_t batch_statistics(const T*, Layout, float*, float*, float*, cudaStream_t);                       \
-  template cudaError_t norm_apply(const T*, const T*, T*, uint8_t*, Layout, Norm, Activation, const float*,            \
-                                  const float*, Range, ExtremaOut, cudaStream_t);                                      \
-  template cudaError_t norm_backward(const T*, const T*, const uint8_t*, Layout, Norm, bool, T*, T*, float*, float*,   \
-                                     float*, cudaStream_t);
-QAT_INSTANTIATE(float)
-QAT_INSTANTIATE(uint16_t)
 
 }  // namespace qat::cuda

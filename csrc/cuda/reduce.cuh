@@ -3,6 +3,7 @@
 
 #include "device.cuh"
 #include "terms.h"
+#include "walk.h"
 
 namespace qat::cuda {
 
@@ -21,58 +22,68 @@ inline int64_t splits_of(Layout layout) {
   return splits < 1 ? 1 : splits < most_splits ? splits : most_splits;
 }
 
-// partial[split * channels + channel] = sum of terms(channel, element).
-template <bool columns, class Terms>
-__global__ void __launch_bounds__(threads_per_block) reduce(Terms terms, Layout layout, int64_t part, Pair* partial) {
-  __shared__ Pair sums[threads_per_block];
+// sums[i] = those of the threads i, i + last, i + 2 last, ... of a block, for i < last; the other threads must not read.
+template <int last, class Sum>
+__device__ void fold_block(Sum* sums, const Sum& own) {
+  sums[threadIdx.x] = own;
+#pragma unroll
+  for (int d = threads_per_block / 2; d >= last; d /= 2) {
+    __syncthreads();
+    if (threadIdx.x < d) sums[threadIdx.x].merge(sums[threadIdx.x + d]);
+  }
+}
+
+// partial[split * channels + channel] = sum of terms.add(sum, channel, element).
+template <bool columns, class Terms, class Sum = typename Terms::Sum>
+__global__ void __launch_bounds__(threads_per_block, 4) reduce(Terms terms, Layout layout, int64_t part, Sum* partial) {
+  __shared__ Sum sums[threads_per_block];
   const int64_t channel =
       columns ? int64_t{blockIdx.x} * lanes + threadIdx.x % lanes : static_cast<int64_t>(blockIdx.x);
   const int64_t first = blockIdx.y * part, positions = layout.outer * layout.inner;
   const int64_t end = first + part < positions ? first + part : positions;
-  const int begin = columns ? threadIdx.x / lanes : threadIdx.x;
+  const int64_t begin = first + (columns ? threadIdx.x / lanes : threadIdx.x);
   constexpr int step = columns ? rows_per_block : threads_per_block;
-  Pair own{0.0f, 0.0f};
+  Sum own;
+  own.clear();
   if (channel < layout.channels) {
+    Walk walk(layout, channel, begin, step);
 #pragma unroll 4
-    for (int64_t p = first + begin; p < end; p += step) {
-      const Pair term = terms(channel, element_of(layout, channel, p));
-      own.first += term.first;
-      own.second += term.second;
+    for (int64_t p = begin; p < end; p += step) {
+      terms.add(own, channel, walk.at);
+      walk.next();
     }
   }
-  sums[threadIdx.x] = own;
   constexpr int last = columns ? lanes : 1;
-#pragma unroll
-  for (int d = threads_per_block / 2; d >= last; d /= 2) {
-    __syncthreads();
-    if (threadIdx.x < d) {
-      sums[threadIdx.x].first += sums[threadIdx.x + d].first;
-      sums[threadIdx.x].second += sums[threadIdx.x + d].second;
-    }
-  }
+  fold_block<last>(sums, own);
   if (threadIdx.x < last && channel < layout.channels) {
     partial[blockIdx.y * layout.channels + channel] = sums[threadIdx.x];
   }
 }
 
-// finish(channel, first, second), the sums in float64.
-template <class Finish>
-__global__ void combine(Finish finish, const Pair* partial, int64_t channels, int64_t splits) {
-  const int64_t channel = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (channel >= channels) return;
-  double first = 0, second = 0;
-  for (int64_t s = 0; s < splits; ++s) {
-    first += partial[s * channels + channel].first;
-    second += partial[s * channels + channel].second;
+constexpr int channels_per_block = 8;
+
+// finish(channel, sum); the splits of a channel are added by 32 threads, in an order that their number decides.
+template <class Finish, class Sum>
+__global__ void __launch_bounds__(threads_per_block)
+    combine(Finish finish, const Sum* partial, int64_t channels, int64_t splits) {
+  __shared__ Sum sums[threads_per_block];
+  const int64_t channel = int64_t{blockIdx.x} * channels_per_block + threadIdx.x % channels_per_block;
+  Sum own;
+  own.clear();
+  if (channel < channels) {
+    for (int64_t s = threadIdx.x / channels_per_block; s < splits; s += threads_per_block / channels_per_block) {
+      own.merge(partial[s * channels + channel]);
+    }
   }
-  finish(channel, first, second);
+  fold_block<channels_per_block>(sums, own);
+  if (threadIdx.x < channels_per_block && channel < channels) finish(channel, sums[threadIdx.x]);
 }
 
 template <class Terms, class Finish>
-cudaError_t reduce_channels(Terms terms, Finish finish, Layout layout, float* scratch, cudaStream_t stream) {
+cudaError_t reduce_channels(Terms terms, Finish finish, Layout layout, void* scratch, cudaStream_t stream) {
   const int64_t splits = splits_of(layout), positions = layout.outer * layout.inner;
   const int64_t part = (positions + splits - 1) / splits;
-  auto* partial = reinterpret_cast<Pair*>(scratch);
+  auto* partial = static_cast<typename Terms::Sum*>(scratch);
   const auto rows = static_cast<unsigned>(splits);
   if (by_columns(layout)) {
     const auto blocks = static_cast<unsigned>((layout.channels + lanes - 1) / lanes);
@@ -81,8 +92,8 @@ cudaError_t reduce_channels(Terms terms, Finish finish, Layout layout, float* sc
     const auto blocks = static_cast<unsigned>(layout.channels);
     reduce<false><<<dim3(blocks, rows), threads_per_block, 0, stream>>>(terms, layout, part, partial);
   }
-  const auto blocks = static_cast<unsigned>((layout.channels + 63) / 64);
-  combine<<<blocks, 64, 0, stream>>>(finish, partial, layout.channels, splits);
+  const auto blocks = static_cast<unsigned>((layout.channels + channels_per_block - 1) / channels_per_block);
+  combine<<<blocks, threads_per_block, 0, stream>>>(finish, partial, layout.channels, splits);
   return cudaGetLastError();
 }
 

@@ -1,4 +1,4 @@
-// What one element adds to the gradients of a grid and of batch norm.
+// What one element adds to the sums of a channel, in float64 as on the CPU.
 #pragma once
 
 #include "elements.h"
@@ -6,39 +6,70 @@
 namespace qat::cuda {
 
 struct Pair {
-  float first, second;
+  double first, second;
+
+  QAT_HD void clear() { first = second = 0.0; }
+  QAT_HD void add(float a, float b) {
+    first += static_cast<double>(a);
+    second += static_cast<double>(b);
+  }
+  QAT_HD void merge(const Pair& other) {
+    first += other.first;
+    second += other.second;
+  }
 };
 
-// d(y)/d(scale) and d(y)/d(zero_point) times the gradient: Esser et al., "Learned Step Size Quantization" (ICLR 2020),
-// and Bhalgat et al., "LSQ+" (CVPR workshops 2020). nan adds nothing.
-QAT_HD Pair learned_terms(float x, float grad, float scale, float zero_point, Range range) {
-  const float real_steps = divide(x, scale);
-  const float steps = round_even(real_steps);
-  if (is_nan(steps)) return {0.0f, 0.0f};
+// Sum, sum of squares and extrema. A nan is in the sum, whatever the extrema are then.
+struct Moments {
+  double sum, square;
+  float low, high;
+
+  QAT_HD void clear() {
+    sum = square = 0.0;
+    low = infinity();
+    high = -infinity();
+  }
+  QAT_HD void add(float x) {
+    const double v = static_cast<double>(x);
+    sum += v;
+    square += v * v;
+    low = smaller(low, x);
+    high = larger(high, x);
+  }
+  QAT_HD void merge(const Moments& other) {
+    sum += other.sum;
+    square += other.square;
+    low = smaller(low, other.low);
+    high = larger(high, other.high);
+  }
+};
+
+// Of batch norm's gradient: g, and g times x.
+QAT_HD void add_product(Pair& sums, float grad, float x) {
+  sums.first += static_cast<double>(grad);
+  sums.second += static_cast<double>(grad) * static_cast<double>(x);
+}
+
+struct LearnedTerms {
+  float scale, zero_point;  // d(y)/d(...) times the gradient
+  bool inside;              // the gradient passes to x
+};
+
+// Esser et al., "Learned Step Size Quantization" (ICLR 2020), and Bhalgat et al., "LSQ+" (CVPR workshops 2020). nan adds
+// nothing.
+QAT_HD LearnedTerms learned_terms(float x, float grad, float scale, float zero_point, Range range) {
+  const float quotient = divide(x, scale);
+  const float steps = round_even(quotient);
+  if (is_nan(steps)) return {0.0f, 0.0f, false};
   const float code = steps + zero_point, clamped = smaller(larger(code, range.low), range.high);
-  if (code == clamped) return {grad * (steps - real_steps), 0.0f};
-  return {grad * (clamped - zero_point), -grad * scale};
+  const float reached = clamped - zero_point;
+  if (code == clamped) return {grad * (reached - quotient), 0.0f, true};
+  return {grad * reached, grad * (0.0f - scale), false};
 }
 
-QAT_HD float normalized(float x, float mean, float inverse) { return (x - mean) * inverse; }
-
-// `activation`: 0 none, 1 ReLU, 2 ReLU6. The gradient passes strictly inside, as in PyTorch; nan stays nan.
-QAT_HD float activate(float z, int activation, bool& passes) {
-  passes = activation == 0 || (z > 0.0f && (activation == 1 || z < 6.0f));
-  if (activation == 0 || is_nan(z)) return z;
-  return activation == 1 ? larger(z, 0.0f) : smaller(larger(z, 0.0f), 6.0f);
-}
-
-// `count`: elements of the channel; with frozen statistics the sums play no part.
-QAT_HD float norm_gradient(float grad, float normalized_x, float slope, float sum, float sum_x, float count,
-                           bool frozen) {
-  if (frozen) return slope * grad;
-  return slope * (grad - divide(sum + normalized_x * sum_x, count));
-}
-
-// Element `position` of `channel` among outer * inner.
-QAT_HD int64_t element_of(Layout layout, int64_t channel, int64_t position) {
-  return (position / layout.inner * layout.channels + channel) * layout.inner + position % layout.inner;
+// A learned zero point is any number; the grid has the nearest code.
+QAT_HD float nearest_code(float zero_point, Range range) {
+  return smaller(larger(round_even(zero_point), range.low), range.high);
 }
 
 }  // namespace qat::cuda

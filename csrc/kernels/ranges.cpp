@@ -4,22 +4,13 @@
 #include <mutex>
 
 #include "blocks.h"
+#include "grid.h"
 #include "weight_rows.h"
 
 namespace qat {
 namespace {
 
-constexpr double range_limit = 0x1p126, scale_floor = 0x1p-40;
 constexpr float inf = std::numeric_limits<float>::infinity();
-
-// A nan stays one, as in torch.clamp.
-double clamp(double x, double low, double high) { return x < low ? low : x > high ? high : x; }
-
-double power_of_two_above(double scale) {
-  int exponent;
-  const double mantissa = std::frexp(scale, &exponent);
-  return mantissa == 0.5 ? scale : scale / mantissa;
-}
 
 // Infinities included; a nan stays.
 template <class T>
@@ -80,29 +71,7 @@ void set_grids(const float* low, const float* high, int64_t channels, const Grid
 
 }  // namespace
 
-CodeGrid grid_of(double low_bound, double high_bound, const GridRule& rule) {
-  const double low = clamp(low_bound, -range_limit, 0.0), high = clamp(high_bound, 0.0, range_limit);
-  double scale;
-  if (rule.symmetric) {
-    const int64_t above = rule.qmax - rule.middle, below = rule.middle - rule.qmin;
-    double extent = above != 0 ? high : -low;
-    // a nan on either side is the extent
-    if (above != 0 && below != 0 && !(-low <= extent) && !std::isnan(extent)) extent = -low;
-    scale = extent / static_cast<double>(above != 0 && below != 0 ? std::min(above, below) : std::max(above, below));
-  } else {
-    scale = (high - low) / static_cast<double>(rule.qmax - rule.qmin);
-  }
-  scale = clamp(scale, scale_floor, 2.0 * range_limit / static_cast<double>(rule.qmax - rule.qmin));
-  if (rule.power_of_two) scale = power_of_two_above(scale);
-  const auto rounded = static_cast<float>(scale);
-  int64_t zero_point = rule.middle;
-  if (!rule.symmetric) {
-    const auto qmin = static_cast<double>(rule.qmin), qmax = static_cast<double>(rule.qmax);
-    const double exact = std::nearbyint(qmin - low / static_cast<double>(rounded));
-    zero_point = std::isnan(exact) ? rule.qmin : static_cast<int64_t>(clamp(exact, qmin, qmax));
-  }
-  return {rounded, static_cast<int32_t>(zero_point)};
-}
+CodeGrid grid_of(double low, double high, const GridRule& rule) { return grid::of_range(low, high, rule); }
 
 template <class T>
 void whole_range(const Kernels& kernels, ParallelFor parallel, const T* x, Layout layout, float* low, float* high) {
@@ -152,18 +121,7 @@ void fake_quantize_weight(const Kernels& kernels, ParallelFor parallel, const T*
 
 void track_range(const float* low, const float* high, int64_t channels, float momentum, const GridRule& rule,
                  const Tracked& tracked) {
-  for (int64_t c = 0; c < channels; ++c) {
-    float &min = tracked.low[c], &max = tracked.high[c];
-    if (std::isfinite(low[c]) && std::isfinite(high[c])) {
-      const bool unknown = min > max;
-      min = unknown ? low[c] : min + momentum * (low[c] - min);
-      max = unknown ? high[c] : max + momentum * (high[c] - max);
-    }
-    if (!(min <= max)) continue;
-    const CodeGrid grid = grid_of(min, max, rule);
-    tracked.scale[c] = grid.scale;
-    tracked.zero_point[c] = grid.zero_point;
-  }
+  for (int64_t c = 0; c < channels; ++c) grid::track(low[c], high[c], momentum, rule, tracked, c);
 }
 
 #define QAT_INSTANTIATE(T)                                                                                         \

@@ -3,12 +3,12 @@
 
 #include <optional>
 
-#include "../cuda/launch.h"
 #include "cuda.h"
 
 namespace {
 
-using namespace qat::tensors;
+using namespace qat::ops;
+using namespace qat::ops::gpu;
 using qat::cuda::ConvShape;
 using qat::cuda::Requantize;
 

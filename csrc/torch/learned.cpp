@@ -43,12 +43,6 @@ Tensor fake_quantize_learned_forward(Tensor x, Tensor scale, Tensor zero_point, 
   return y;
 }
 
-std::vector<int64_t> shape(const Tensor& tensor) {
-  std::vector<int64_t> sizes;
-  for (int64_t d = 0; d < tensor.dim(); ++d) sizes.push_back(tensor.size(d));
-  return sizes;
-}
-
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale,
                                                                   Tensor zero_point, int64_t qmin, int64_t qmax,
                                                                   int64_t axis, double grad_scale) {
@@ -57,19 +51,13 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, T
   check(grad.scalar_type() == x.scalar_type() && shape_of(grad) == shape_of(x),
         "grad has shape " + shape_of(grad) + " and x " + shape_of(x) + "; give a gradient of the shape and type of x");
   const LearnedGrid g = grid(x, scale, zero_point, qmin, qmax, axis);
-  Tensor dx = torch::stable::empty_like(x), ds = new_cpu(shape(scale), ScalarType::Float),
-         dz = new_cpu(shape(zero_point), ScalarType::Float);
+  Tensor dx = torch::stable::empty_like(x), ds = new_cpu(sizes_of(scale), ScalarType::Float),
+         dz = new_cpu(sizes_of(zero_point), ScalarType::Float);
   const size_t count = g.scale.size();
   std::vector<double> scales(count), zero_points(count);
   if (x.numel() > 0) {
     const Tensor from = dense(x, dx);
-    Tensor gradient = grad;  // in the order of the memory of x
-    bool alike = true;
-    for (int64_t d = 0; d < x.dim(); ++d) alike = alike && (x.size(d) == 1 || grad.stride(d) == from.stride(d));
-    if (!alike) {
-      gradient = torch::stable::empty_like(from);
-      torch::stable::copy_(gradient, grad);
-    }
+    const Tensor gradient = in_order_of(grad, from);
     const qat::Layout layout = layout_of(from, axis);
     by_type(x, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;

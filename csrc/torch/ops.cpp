@@ -84,30 +84,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fake_quantize_observe_forward
 Tensor fake_quantize_backward(Tensor grad, Tensor mask_bits, std::vector<int64_t> strides) {
   check_values(grad, "grad");
   check_cpu(mask_bits, "mask_bits");
-  const int64_t n = grad.numel();
-  check(mask_bits.scalar_type() == ScalarType::Byte && mask_bits.is_contiguous() && mask_bits.numel() == (n + 7) / 8,
-        "mask_bits does not fit a gradient of shape " + shape_of(grad) +
-            "; give the contiguous uint8 tensor that the forward pass returned with with_mask=True");
-  check(static_cast<int64_t>(strides.size()) == grad.dim() &&
-            std::all_of(strides.begin(), strides.end(), [](int64_t s) { return s >= 0; }),
-        "strides do not fit a gradient of shape " + shape_of(grad) + "; give those of the quantized tensor");
-  Tensor out = empty_strided(grad, strides);
-  if (n == 0) return out;
-  check(is_dense(out), "strides are not those of a dense tensor of shape " + shape_of(grad) +
-                           "; give those of the quantized tensor");
-  Tensor from = grad;
-  if (!same_order(grad, strides)) {  // the bits are in the order of memory of the quantized tensor
-    from = out;
-    torch::stable::copy_(from, grad);
-  }
-  const uint8_t* bits = mask_bits.const_data_ptr<uint8_t>();
-  const auto run = [&](auto* type) {
+  const Masked m = masked(grad, mask_bits, strides);
+  if (grad.numel() == 0) return m.out;
+  by_type(grad, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    qat::mask_gradient<T>(kernels(), parallel, static_cast<const T*>(from.const_data_ptr()), bits,
-                          static_cast<T*>(out.mutable_data_ptr()), n);
-  };
-  by_type(grad, run);
-  return out;
+    qat::mask_gradient<T>(kernels(), parallel, static_cast<const T*>(m.from.const_data_ptr()),
+                          mask_bits.const_data_ptr<uint8_t>(), static_cast<T*>(m.out.mutable_data_ptr()),
+                          grad.numel());
+  });
+  return m.out;
 }
 
 // ---- about the library

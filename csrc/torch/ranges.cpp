@@ -1,7 +1,6 @@
 // Registration of fake quantization on grids that follow the data: weights, and activations in training.
 #include <cmath>
 
-#include "../kernels/ranges.h"
 #include "tensors.h"
 
 namespace {
@@ -57,13 +56,6 @@ std::vector<float> spread_over_groups(const Tensor& weight, const std::vector<fl
     }
   }
   return out;
-}
-
-qat::GridRule rule_of(int64_t qmin, int64_t qmax, bool symmetric, int64_t middle, bool power_of_two) {
-  check(!symmetric || (qmin <= middle && middle <= qmax),
-        "middle " + std::to_string(middle) + " is outside [" + std::to_string(qmin) + ", " + std::to_string(qmax) +
-            "]; give the symmetric zero point, a code");
-  return {qmin, qmax, symmetric, middle, power_of_two};
 }
 
 std::tuple<Tensor, Tensor> fake_quantize_weight_forward(Tensor weight, std::optional<Tensor> scale,
@@ -133,7 +125,7 @@ std::tuple<Tensor, Tensor> fake_quantize_track_forward(Tensor x, Tensor low, Ten
   check_state(tracked, "tracked", ScalarType::Long, 1);
   Tensor y = torch::stable::empty_like(x);
   const Tensor bits = new_cpu({with_mask ? (x.numel() + 7) / 8 : 0}, ScalarType::Byte);
-  *tracked.mutable_data_ptr<int64_t>() += x.dim() > 0 ? x.size(0) : 1;
+  *tracked.mutable_data_ptr<int64_t>() += rows_of(x);
   if (x.numel() == 0) return {y, bits};
   const Tensor from = dense(x, y);
   const qat::Layout layout = layout_of(from, axis);

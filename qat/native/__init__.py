@@ -1,7 +1,7 @@
 """The native extension: compiled kernels as torch operators, and the knowledge of whether they are there."""
 
 from qat.native.learned import fake_quantize_learned
-from qat.native.loading import Status, is_active, status
+from qat.native.loading import Status, runs_on, status
 from qat.native.norm import Grid, Norm, add_quantize, norm_quantize
 from qat.native.norm_statistics import add_observe, norm_observe
 from qat.native.observers import (
@@ -30,12 +30,12 @@ __all__ = [
     "fake_quantize_observe",
     "fake_quantize_track",
     "fake_quantize_weight",
-    "is_active",
     "norm_observe",
     "norm_quantize",
     "observe",
     "observe_histogram",
     "observe_minmax",
     "observe_range",
+    "runs_on",
     "status",
 ]

@@ -17,6 +17,7 @@ import torch
 _INTERFACE = 6
 
 _active = False
+_cuda = False
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,10 @@ class Status:
     path: Path | None = None
     cuda: bool = False
 
+    def runs_on(self, device: torch.device) -> bool:
+        """Tell whether the operators take tensors of a device."""
+        return self.active and (device.type == "cpu" or (device.type == "cuda" and self.cuda))
+
     def __str__(self) -> str:
         """One line for `qat env`."""
         if not self.active:
@@ -56,12 +61,14 @@ def status() -> Status:
     return load(Path(__file__).with_name("_C.abi3.so"))
 
 
-def is_active() -> bool:
-    """Tell whether the native operators are loaded; to compiled code, whether they were before it was compiled.
+def runs_on(device: torch.device) -> bool:
+    """Tell whether the operators take tensors of a device; to compiled code, whether they did before it was compiled.
 
-    `torch.compile` looks into no cached function, and reads a variable.
+    `torch.compile` looks into no cached function, and reads variables.
     """
-    return _active if torch.compiler.is_compiling() else status().active
+    if not torch.compiler.is_compiling():
+        return status().runs_on(device)
+    return _active and (device.type == "cpu" or (device.type == "cuda" and _cuda))
 
 
 def load(path: Path) -> Status:
@@ -69,7 +76,7 @@ def load(path: Path) -> Status:
 
     A process can load only one; a second call in the same process must name the same file.
     """
-    global _active  # noqa: PLW0603 - what the cache of `status` holds, for compiled code
+    global _active, _cuda  # noqa: PLW0603 - what the cache of `status` holds, for compiled code
     if not path.is_file():
         return Status(False, "the extension was not built (no compiler at installation, or the build failed)")
     try:
@@ -88,5 +95,5 @@ def load(path: Path) -> Status:
     for part in (operators, observers, ranges, learned, norm, norm_statistics, int8):
         part.register()
     cuda = hasattr(torch.ops.qat, "int8_gemm")
-    _active = True
+    _active, _cuda = True, cuda
     return Status(True, f"built, and this processor runs {isa}", isa, path, cuda=cuda)

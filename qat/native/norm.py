@@ -59,7 +59,7 @@ def norm_quantize(x: Tensor, norm: Norm, bounds: Bounds, grid: Grid | None) -> T
     The gradient is zero where the activation or the grid saturates, at the bounds too, as that of ReLU and ReLU6.
 
     Args:
-        x: float32, (N, C, ...), on the CPU, any layout; not empty, and of more than one value a channel where the
+        x: float32, (N, C, ...), any layout; not empty, and of more than one value a channel where the
             statistics are those of the batch.
         norm: The batch norm.
         bounds: Of the activation; infinities for none.
@@ -79,7 +79,7 @@ def add_quantize(x: Tensor, other: Tensor, bounds: Bounds, grid: Grid | None) ->
     """Return `fake_quantize(clamp(x + other, *bounds))`, its gradient as that of `norm_quantize`.
 
     Args:
-        x: float32, on the CPU, any layout.
+        x: float32, any layout.
         other: Likewise, of the same shape.
         bounds: Of the activation; infinities for none.
         grid: None for no fake quantization.

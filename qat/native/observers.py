@@ -103,8 +103,8 @@ def clip_ranges(
 ) -> tuple[Tensor, Tensor]:
     """Return the clip range of each channel with the least expected squared error, as `qat.observers.clipping`.
 
-    The search is the same; its sums are rounded in another order, so where two ranges are equally good another one may
-    be chosen.
+    For tensors of the CPU. The search is the same; its sums are rounded in another order, so where two ranges are
+    equally good another one may be chosen.
 
     Args:
         counts: The histograms, int64, (C, 2**(9 + mantissa_bits)), contiguous.

@@ -1,8 +1,9 @@
 """Fake quantization on a given grid, and what all native operators share.
 
-The functions of this package need `qat.native.status().active`. They take CPU tensors of float32 or bfloat16 (computed
-in float32) in any layout; dense ones, such as contiguous and channels_last, are read in place. Results have the same
-bits for every number of threads and every instruction set. Errors are RuntimeError with the cause.
+The functions of this package need `qat.native.status().runs_on(device)`. They take tensors of float32 or bfloat16
+(computed in float32) in any layout; dense ones, such as contiguous and channels_last, are read in place. The tensors of
+a call are on one device. Results have the same bits in every run, and on the CPU for every number of threads and every
+instruction set. Errors are RuntimeError with the cause.
 """
 
 from __future__ import annotations
@@ -81,8 +82,10 @@ class _StraightThrough(torch.autograd.Function):
         y: Tensor
         made: tuple[Tensor, Tensor] = below_autograd(operator, x, *arguments, True)
         y, mask_bits = made
-        # a grid that follows its tensor clamps nothing: then the gradient is that of the output, without a pass over it
-        ctx.is_open = not torch.compiler.is_compiling() and torch.ops.qat._all_set(mask_bits, x.numel())
+        # a grid that follows its tensor clamps nothing: then the gradient is that of the output, without a pass over
+        # it; on a GPU the question would make the host wait
+        can_ask = mask_bits.device.type == "cpu" and not torch.compiler.is_compiling()
+        ctx.is_open = can_ask and torch.ops.qat._all_set(mask_bits, x.numel())
         if not ctx.is_open:
             ctx.save_for_backward(mask_bits)
         # the bits are in the order of memory of the output

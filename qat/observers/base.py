@@ -182,12 +182,11 @@ class Observer(nn.Module, ABC):
 
     def _is_for_native(self, x: Tensor) -> bool:
         return (
-            x.device.type == "cpu"
-            and x.dtype != torch.float16
+            x.dtype != torch.float16
             and self.granularity.kind != "per_group"
-            and self.min_val.device.type == "cpu"
+            and self.min_val.device == x.device
             and not torch.compiler.is_compiling()
-            and native.status().active
+            and native.status().runs_on(x.device)
         )
 
     @property

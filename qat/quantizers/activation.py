@@ -126,7 +126,7 @@ class FakeQuantize(Quantizer):
             and x.numel() > 0
             and is_for_native(x, self.scheme.granularity)
             and self.scale.numel() == (1 if self.rule.axis is None else x.shape[self.rule.axis])
-            and self.scale.device.type == "cpu"
+            and self.scale.device == x.device
             and not is_distributed()
         )
 

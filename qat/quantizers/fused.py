@@ -68,7 +68,7 @@ def norm_fake_quantize(
         y = native.norm_observe(x, values, bounds, _statistics(quantizer), in_place=_is_free(makers))
         quantizer.observer.count_samples(y)
         return y
-    if not _is_simple(quantizer):
+    if not _is_simple(quantizer, x.device):
         return quantizer(native.norm_quantize(x, values, bounds, None))  # type: ignore[no-any-return]
     return native.norm_quantize(x, values, bounds, _grid(quantizer))
 
@@ -87,13 +87,14 @@ def add_fake_quantize(
     """
     bounds = activation_bounds(activation)
     fits = isinstance(other, Tensor) and isinstance(x, Tensor) and x.shape == other.shape and x.numel() > 0
+    fits = fits and x.device == other.device
     if bounds is None or not fits or not (_is_native(x) and _is_native(other)) or _is_hooked(activation):
         return quantizer(_activate(activation, x + other))  # type: ignore[no-any-return]
     if _is_observed(quantizer) and not _needs_gradient(x, other):
         y = native.add_observe(x, other, bounds, _statistics(quantizer), in_place=_is_free(makers))
         quantizer.observer.count_samples(y)
         return y
-    if not _is_simple(quantizer):
+    if not _is_simple(quantizer, x.device):
         return quantizer(native.add_quantize(x, other, bounds, None))  # type: ignore[no-any-return]
     return native.add_quantize(x, other, bounds, _grid(quantizer))
 
@@ -109,9 +110,8 @@ def _activate(activation: Activation, x: Tensor) -> Tensor:
 def _is_native(x: Tensor) -> bool:
     return (
         x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-        and native.is_active()
+        and not torch.is_autocast_enabled(x.device.type)
+        and native.runs_on(x.device)
     )
 
 
@@ -124,7 +124,7 @@ def _has_native_norm(x: Tensor, norm: nn.Module) -> bool:
     if norm.training and (norm.momentum is None or x.numel() == x.shape[1]):
         return False
     tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+    return all(t is None or (t.dtype == torch.float32 and t.device == x.device) for t in tensors)
 
 
 def _is_hooked(*parts: Activation) -> bool:
@@ -133,8 +133,8 @@ def _is_hooked(*parts: Activation) -> bool:
     return any(isinstance(part, nn.Module) and any(getattr(part, hooks) for hooks in _HOOKS) for part in parts)
 
 
-def _is_simple(quantizer: FakeQuantize) -> bool:
-    """Tell whether a quantizer does nothing but track and quantize one tensor, on one grid."""
+def _is_simple(quantizer: FakeQuantize, device: torch.device) -> bool:
+    """Tell whether a quantizer does nothing but track and quantize one tensor, on one grid, on this device."""
     return (
         quantizer.quantizing
         and not quantizer.observing
@@ -142,7 +142,7 @@ def _is_simple(quantizer: FakeQuantize) -> bool:
         and quantizer.scheme.granularity.kind == "per_tensor"
         and (quantizer.ready or _tracks(quantizer))
         and not (_tracks(quantizer) and is_distributed())
-        and quantizer.scale.device.type == "cpu"
+        and quantizer.scale.device == device
         and not _is_hooked(quantizer)
     )
 

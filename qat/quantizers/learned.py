@@ -49,7 +49,8 @@ def fake_quantize_learned(
     Raises:
         EncodingError: The number of scales does not fit `x`.
     """
-    if is_for_native(x, granularity) and scale.dtype == zero_point.dtype == torch.float32:
+    of_one_kind = scale.dtype == zero_point.dtype == torch.float32 and scale.device == zero_point.device == x.device
+    if is_for_native(x, granularity) and of_one_kind:
         axis = None if granularity.kind == "per_tensor" else granularity.axis
         if scale.numel() == zero_point.numel() == (1 if axis is None else x.shape[axis]):
             return native.fake_quantize_learned(x, scale, zero_point, qmin, qmax, axis, grad_scale)

@@ -61,7 +61,7 @@ def fake_quantize(
         raise DataError(f"cannot fake-quantize a tensor of {x.dtype}", "quantize only floating-point tensors")
     if not -_EXACT <= qmin < qmax <= _EXACT:
         raise EncodingError(f"integer range [{qmin}, {qmax}] is too wide for fake quantization", "use 16 bits or fewer")
-    if factor is None and is_for_native(x, granularity, cuda=True) and _fits(x, scale, zero_point, granularity):
+    if factor is None and is_for_native(x, granularity) and _fits(x, scale, zero_point, granularity):
         axis = None if granularity.kind == "per_tensor" else granularity.axis
         return native.fake_quantize(x, scale.detach().to(torch.float32), zero_point, qmin, qmax, axis)
     s = numerics.expand_to(scale.detach().to(torch.float32), x, granularity)
@@ -73,13 +73,12 @@ def fake_quantize(
     return _forward(x, s, z, f, qmin, qmax, with_mask=False)[0]
 
 
-def is_for_native(x: Tensor, granularity: Granularity, *, cuda: bool = False, compiled: bool = False) -> bool:
-    """Tell whether the native extension is there and computes with such a tensor here.
+def is_for_native(x: Tensor, granularity: Granularity, *, compiled: bool = False) -> bool:
+    """Tell whether the native extension is there and computes with such a tensor on its device.
 
     Args:
         x: The tensor.
         granularity: What shares a scale.
-        cuda: On a GPU too.
         compiled: In compiled code too; else it keeps to PyTorch's operations, which the compiler fuses with their
             neighbours.
     """
@@ -88,8 +87,7 @@ def is_for_native(x: Tensor, granularity: Granularity, *, cuda: bool = False, co
         and granularity.kind != "per_group"
         and (granularity.kind == "per_tensor" or -x.dim() <= granularity.axis < x.dim())
         and (compiled or not torch.compiler.is_compiling())
-        and native.is_active()
-        and (x.device.type == "cpu" or (cuda and x.device.type == "cuda" and native.status().cuda))
+        and native.runs_on(x.device)
     )
 
 

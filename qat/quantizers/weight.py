@@ -172,7 +172,7 @@ class WeightFakeQuantize(Quantizer):
         tensors = [t for bn in self._bn for t in (bn.weight, bn.running_var) if t is not None]
         if not self.follows:
             tensors.append(self.scale)
-        return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        return all(t.dtype == torch.float32 and t.device == weight.device for t in tensors)
 
     def _native_factor(self) -> native.BatchNormFactor | None:
         if not self._bn or self._bn[0].running_var is None:

@@ -1,130 +1,36 @@
-"""The arithmetic and the index logic of the CUDA kernels, compiled as plain C++ and run on the CPU."""
+"""The index logic of the CUDA kernels and the arithmetic of the products, compiled as plain C++ and run on the CPU."""
 
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from qat import numerics
 from qat.integer.kernels import elementwise, linear
 from qat.integer.kernels.qparams import QParams
 from qat.integer.kernels.requantize import multiplier
-from qat.scheme import PER_TENSOR, Granularity
-from tests.native.native_cases import make, same_bits
+from tests.native.cuda_host import compiled, pointer
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("there is no C++ compiler")
-    library = tmp_path_factory.mktemp("cuda") / "host.so"
-    source = Path(__file__).with_name("cuda_host_entry.cpp")
-    options = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    return compiled("cuda_host_logic.cpp", tmp_path_factory.mktemp("cuda"))
 
 
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+@pytest.mark.parametrize("mantissa_bits", range(11))
+def test_private_bins_are_bins(host: ctypes.CDLL, mantissa_bits: int) -> None:
+    assert host.private_count(mantissa_bits) == min(8192, 2 ** (9 + mantissa_bits))
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    shape=st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 8, 17]), st.sampled_from([1, 2, 7, 8, 40])),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    seed=st.integers(0, 2**32 - 1),
-    nasty=st.sampled_from([0.0, 0.1, 1.0]),
-    per_channel=st.booleans(),
-)
-def test_fake_quantization_is_pytorchs_to_the_bit(
-    host: ctypes.CDLL, shape: tuple[int, int, int], dtype: torch.dtype, seed: int, nasty: float, per_channel: bool
+@pytest.mark.parametrize("step", [1, 7, 24, 256])
+@pytest.mark.parametrize("layout", [(2, 3, 5), (7, 4, 1), (1, 1, 9), (3, 1, 2), (5, 40, 9), (3, 5, 700), (300, 3, 1)])
+def test_the_threads_of_a_channel_visit_each_of_its_elements_once(
+    host: ctypes.CDLL, layout: tuple[int, int, int], step: int
 ) -> None:
-    x = make(shape, "contiguous", dtype, seed, nasty)
-    channels = shape[1] if per_channel else 1
-    inner = shape[2] if per_channel and channels > 1 else x.numel() // channels
-    generator = torch.Generator().manual_seed(seed)
-    scale = torch.rand(channels, generator=generator) + 0.01
-    zero = torch.randint(-5, 6, (channels,), generator=generator).float()
-    y, bits = torch.empty_like(x), torch.zeros((x.numel() + 7) // 8, dtype=torch.uint8)
-    low, high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
-    nonfinite = torch.zeros((), dtype=torch.int64)
-    function = host.fake_quantize_f32 if dtype == torch.float32 else host.fake_quantize_bf16
-    sizes = [ctypes.c_int64(v) for v in (x.numel(), channels, inner if channels > 1 else x.numel())]
-    function(
-        pointer(x), pointer(y), pointer(bits), *sizes, pointer(scale), pointer(zero), ctypes.c_float(-8),
-        ctypes.c_float(7), pointer(low), pointer(high), pointer(nonfinite),
-    )  # fmt: skip
-
-    granularity = Granularity("per_channel", 1) if per_channel else PER_TENSOR
-    s, z = (numerics.expand_to(t if per_channel else t[0], x, granularity) for t in (scale, zero))
-    steps = torch.round(x.float() / s)
-    codes = torch.where(steps.isnan(), 0.0, steps) + z
-    assert same_bits(y, ((codes.clamp(-8, 7) - z) * s).to(dtype))
-    inside = (steps + z >= -8) & (steps + z <= 7)
-    found = torch.stack([bits >> i & 1 for i in range(8)], 1).flatten()
-    assert torch.equal(found[: x.numel()].bool(), inside.flatten())
-    assert not found[x.numel() :].any()
-    finite = x.isfinite()
-    flat = [t.movedim(1, 0).reshape(channels, -1) for t in (x.float(), finite)]
-    assert torch.equal(low, torch.where(flat[1], flat[0], torch.inf).amin(1))
-    assert torch.equal(high, torch.where(flat[1], flat[0], -torch.inf).amax(1))
-    assert int(nonfinite) == int((~finite).sum())
-
-
-def test_private_bins_are_bins(host: ctypes.CDLL) -> None:
-    assert host.round_trip_bins() == 8192
-
-
-def test_gradients_of_a_learned_grid_are_autograds(host: ctypes.CDLL) -> None:
-    generator = torch.Generator().manual_seed(0)
-    x, grad = (torch.randn(4000, generator=generator) for _ in range(2))
-    scale, zero = torch.tensor(0.13, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-    steps = x / scale
-    rounded = steps + (torch.round(steps) - steps).detach()
-    ((rounded + zero).clamp(-8, 7) - zero).mul(scale).backward(grad)
-    sums = torch.zeros(2, dtype=torch.float64)
-    numbers = [ctypes.c_float(v) for v in (float(scale.detach()), 2.0, -8.0, 7.0)]
-    host.learned(pointer(x), pointer(grad), ctypes.c_int64(4000), *numbers, pointer(sums[:1]), pointer(sums[1:]))
-    torch.testing.assert_close(sums[0].float(), scale.grad, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(sums[1].float(), zero.grad, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("activation", [0, 1, 2])
-def test_batch_norm_with_an_activation_is_pytorchs(host: ctypes.CDLL, activation: int, frozen: bool) -> None:
-    generator = torch.Generator().manual_seed(activation)
-    x, grad = (torch.randn(3000, generator=generator) * 3 + 1 for _ in range(2))
-    gamma, beta = (torch.tensor([v], requires_grad=True) for v in (1.7, 0.4))
-    mean, variance = (
-        (torch.tensor([0.8]), torch.tensor([7.0])) if frozen else (x.mean()[None], x.var(correction=0)[None])
-    )
-    inputs = x.clone().requires_grad_()
-    z = torch.nn.functional.batch_norm(inputs[:, None], mean.clone(), variance.clone(), gamma, beta, not frozen)
-    wanted = (lambda t: t, torch.relu, torch.nn.functional.relu6)[activation](z).flatten()
-    wanted.backward(grad)
-    y, dx, sums = torch.empty(3000), torch.empty(3000), torch.empty(2)
-    numbers = [ctypes.c_float(float(v)) for v in (mean, (variance + 1e-5).rsqrt(), 1.7, 0.4)]
-    host.norm(
-        pointer(x), pointer(grad), ctypes.c_int64(3000), *numbers, activation, int(frozen), pointer(y), pointer(dx),
-        pointer(sums[:1]), pointer(sums[1:]),
-    )  # fmt: skip
-    for found, expected in ((y, wanted.detach()), (dx, inputs.grad), (sums[:1], gamma.grad), (sums[1:], beta.grad)):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("layout", [(2, 3, 5), (7, 4, 1), (1, 1, 9), (3, 1, 2)])
-def test_a_reduction_visits_each_element_of_a_channel_once(host: ctypes.CDLL, layout: tuple[int, int, int]) -> None:
-    assert host.visits_once(*map(ctypes.c_int64, layout)) == 1
+    assert host.visits_once(*map(ctypes.c_int64, (*layout, step))) == 1
 
 
 def test_a_tile_through_the_fragments_is_the_product(host: ctypes.CDLL) -> None:

@@ -70,6 +70,15 @@ def test_an_unknown_name_leaves_the_selection(operators: None) -> None:
     assert torch.ops.qat._isa() == before
 
 
+@pytest.mark.parametrize(
+    ("active", "cuda", "devices"), [(False, False, ""), (True, False, "cpu"), (True, True, "cpu cuda")]
+)
+def test_it_runs_on_the_devices_that_have_kernels(active: bool, cuda: bool, devices: str) -> None:
+    status = native.Status(active, "", cuda=cuda)
+    runs = {name for name in ("cpu", "cuda", "meta", "mps") if status.runs_on(torch.device(name))}
+    assert runs == set(devices.split())
+
+
 def test_an_absent_and_a_broken_library_are_reasons(tmp_path: Path) -> None:
     absent = load(tmp_path / "_C.abi3.so")
     assert not absent.active

@@ -1,4 +1,4 @@
-// The logic of csrc/cuda on the host: whole launches as loops over threads, tile products through the fragments' maps.
+// The logic of csrc/cuda on the host: maps of bins and elements, tile products through the fragments' maps.
 #include <vector>
 
 #include "../../csrc/cuda/bins.h"
@@ -6,36 +6,11 @@
 #include "../../csrc/cuda/fragments.h"
 #include "../../csrc/cuda/gather.h"
 #include "../../csrc/cuda/requantize.h"
-#include "../../csrc/cuda/terms.h"
+#include "../../csrc/cuda/walk.h"
 
 using namespace qat::cuda;
 
 namespace {
-
-template <class T>
-void pass(const T* x, T* y, uint8_t* bits, int64_t n, int64_t channels, int64_t inner, const float* scale,
-          const float* zero_point, Range range, float* low, float* high, int64_t* nonfinite) {
-  constexpr int64_t threads = 96;  // of a grid-stride loop
-  for (int64_t thread = 0; thread < threads; ++thread) {
-    uint32_t count_nonfinite = 0;
-    for (int64_t o = thread; o * octet < n; o += threads) {
-      const int64_t start = o * octet;
-      const int count = static_cast<int>(n - start < octet ? n - start : octet);
-      Octet<T> v{};
-      std::memcpy(v.value, x + start, static_cast<size_t>(count) * sizeof(T));
-      const Channel<uint32_t> at(static_cast<uint32_t>(start), static_cast<uint32_t>(channels),
-                                 static_cast<uint32_t>(inner));
-      observe_octet(v, count, at, count_nonfinite, [&](uint32_t c, float l, float h) {
-        low[c] = smaller(low[c], l);
-        high[c] = larger(high[c], h);
-      });
-      bits[o] = channels == 1 ? quantize_octet<false>(v, count, at, scale, zero_point, range)
-                              : quantize_octet<true>(v, count, at, scale, zero_point, range);
-      std::memcpy(y + start, v.value, static_cast<size_t>(count) * sizeof(T));
-    }
-    *nonfinite += count_nonfinite;
-  }
-}
 
 int32_t x_code(const uint8_t* x, const ConvShape& s, const Row& row, int32_t group, int32_t k, int32_t zero,
                bool is_signed) {
@@ -55,66 +30,28 @@ uint8_t loaded(const std::vector<uint8_t>& tile, int lane, int matrix, int byte,
 
 extern "C" {
 
-void fake_quantize_f32(const float* x, float* y, uint8_t* bits, int64_t n, int64_t channels, int64_t inner,
-                       const float* scale, const float* zero_point, float qmin, float qmax, float* low, float* high,
-                       int64_t* nonfinite) {
-  pass(x, y, bits, n, channels, inner, scale, zero_point, {qmin, qmax}, low, high, nonfinite);
-}
-
-void fake_quantize_bf16(const uint16_t* x, uint16_t* y, uint8_t* bits, int64_t n, int64_t channels, int64_t inner,
-                        const float* scale, const float* zero_point, float qmin, float qmax, float* low, float* high,
-                        int64_t* nonfinite) {
-  pass(x, y, bits, n, channels, inner, scale, zero_point, {qmin, qmax}, low, high, nonfinite);
-}
-
-int round_trip_bins() {
+// How many bins have a private counter; -1 where the maps are not each other's inverse, or leave the table.
+int private_count(int mantissa_bits) {
+  const Bins bins(mantissa_bits);
   int kept = 0;
-  for (uint32_t bin = 0; bin < 65536; ++bin) {
-    const int slot = private_bin(bin);
-    if (slot >= private_bins || (slot >= 0 && public_bin(slot) != bin)) return -1;
+  for (uint32_t bin = 0; bin < bins.count(); ++bin) {
+    const int slot = bins.slot(bin);
+    if (slot >= 2 * bins.half || 2 * bins.half > private_bins || (slot >= 0 && bins.bin(slot) != bin)) return -1;
     kept += slot >= 0;
   }
   return kept;
 }
 
-void learned(const float* x, const float* grad, int64_t n, float scale, float zero_point, float qmin, float qmax,
-             double* dscale, double* dzero) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Pair p = learned_terms(x[i], grad[i], scale, zero_point, {qmin, qmax});
-    *dscale += p.first;
-    *dzero += p.second;
-  }
-}
-
-// One channel: fake batch norm with ReLU6 (`activation` 2) and its gradient; `y`, `dx` and the sums of gamma and beta.
-void norm(const float* x, const float* grad, int64_t n, float mean, float inverse, float gamma, float beta,
-          int activation, int frozen, float* y, float* dx, float* dgamma, float* dbeta) {
-  std::vector<float> passed(static_cast<size_t>(n));
-  double sum = 0, sum_x = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const float nx = normalized(x[i], mean, inverse);
-    bool passes;
-    y[i] = activate(fused(nx, gamma, beta), activation, passes);
-    passed[static_cast<size_t>(i)] = passes ? grad[i] : 0.0f;
-    sum += passed[static_cast<size_t>(i)];
-    sum_x += passed[static_cast<size_t>(i)] * nx;
-  }
-  *dbeta = static_cast<float>(sum);
-  *dgamma = static_cast<float>(sum_x);
-  for (int64_t i = 0; i < n; ++i) {
-    dx[i] = norm_gradient(passed[static_cast<size_t>(i)], normalized(x[i], mean, inverse), gamma * inverse, *dbeta,
-                          *dgamma, static_cast<float>(n), frozen != 0);
-  }
-}
-
-// Whether element_of visits each element of its channel once.
-int visits_once(int64_t outer, int64_t channels, int64_t inner) {
+// Whether the walks of a channel's threads visit each of its elements once.
+int visits_once(int64_t outer, int64_t channels, int64_t inner, int64_t step) {
   std::vector<int> seen(static_cast<size_t>(outer * channels * inner));
   for (int64_t c = 0; c < channels; ++c) {
-    for (int64_t p = 0; p < outer * inner; ++p) {
-      const int64_t at = element_of({outer, channels, inner}, c, p);
-      if (at / inner % channels != c) return 0;
-      ++seen[static_cast<size_t>(at)];
+    for (int64_t thread = 0; thread < step; ++thread) {
+      Walk walk({outer, channels, inner}, c, thread, step);
+      for (int64_t p = thread; p < outer * inner; p += step, walk.next()) {
+        if (walk.at / inner % channels != c) return 0;
+        ++seen[static_cast<size_t>(walk.at)];
+      }
     }
   }
   for (const int count : seen) {

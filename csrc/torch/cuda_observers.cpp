@@ -1,0 +1,110 @@
+// The operators of observers.cpp on the GPU; the search of clip ranges stays on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "cuda.h"
+
+namespace {
+
+using namespace qat::ops;
+using namespace qat::ops::gpu;
+
+void extrema_of(const Tensor& x, int64_t axis, const qat::ExtremaOut& out, cudaStream_t stream) {
+  if (x.numel() == 0) return;
+  const Tensor from = dense(x);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    check_launch(qat::cuda::observe_extrema<T>(static_cast<const T*>(from.const_data_ptr()), layout_of(from, axis), out,
+                                               stream),
+                 "observe_minmax");
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor> observe_minmax(Tensor x, int64_t axis) {
+  const Device device(x);
+  check_values(x, "x", device.index);
+  check_axis(x, axis);
+  const ExtremaTensors extrema = new_extrema(x, axis, device.stream);
+  extrema_of(x, axis, extrema.out(), device.stream);
+  return {extrema.low, extrema.high, extrema.nonfinite};
+}
+
+ExtremaTensors state(const Tensor& low, const Tensor& high, const Tensor& nonfinite, int64_t channels,
+                     int32_t device) {
+  check_state(low, "low", ScalarType::Float, channels, device);
+  check_state(high, "high", ScalarType::Float, channels, device);
+  check_state(nonfinite, "nonfinite", ScalarType::Long, 1, device);
+  return {low, high, nonfinite};
+}
+
+void observe_range(Tensor x, Tensor low, Tensor high, Tensor nonfinite, int64_t axis, std::optional<double> momentum) {
+  const Device device(x);
+  check_values(x, "x", device.index);
+  check_axis(x, axis);
+  const int64_t channels = channels_of(x, axis);
+  const qat::ExtremaOut out = state(low, high, nonfinite, channels, device.index).out();
+  if (!momentum.has_value()) return extrema_of(x, axis, out, device.stream);
+  const ExtremaTensors batch = new_extrema(x, axis, device.stream);
+  extrema_of(x, axis, batch.out(), device.stream);
+  check_launch(qat::cuda::move_averages(batch.out(), channels, *momentum, out, device.stream), "observe_range");
+}
+
+qat::HistogramOut histogram_state(const Tensor& counts, const Tensor& low, const Tensor& high, const Tensor& nonfinite,
+                                  int64_t channels, int64_t mantissa_bits, int32_t device) {
+  check_mantissa(mantissa_bits);
+  check_state(counts, "counts", ScalarType::Long, channels << (9 + mantissa_bits), device);
+  return {counts.mutable_data_ptr<int64_t>(), static_cast<int>(mantissa_bits),
+          state(low, high, nonfinite, channels, device).out()};
+}
+
+void observe_histogram(Tensor x, Tensor counts, Tensor low, Tensor high, Tensor nonfinite, int64_t axis,
+                       int64_t mantissa_bits) {
+  const Device device(x);
+  check_values(x, "x", device.index);
+  check_axis(x, axis);
+  const qat::HistogramOut out =
+      histogram_state(counts, low, high, nonfinite, channels_of(x, axis), mantissa_bits, device.index);
+  if (x.numel() == 0) return;
+  const Tensor from = dense(x);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    check_launch(qat::cuda::observe_histogram<T>(static_cast<const T*>(from.const_data_ptr()), layout_of(from, axis),
+                                                 out, device.stream),
+                 "observe_histogram");
+  });
+}
+
+// Two passes over memory: a block has no room for both the counters and the work of quantization.
+std::tuple<Tensor, Tensor> fake_quantize_histogram_forward(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin,
+                                                           int64_t qmax, Tensor counts, Tensor low, Tensor high,
+                                                           Tensor nonfinite, int64_t mantissa_bits, bool with_mask) {
+  const Device device(x);
+  check_values(x, "x", device.index);
+  const qat::Range range = code_range(qmin, qmax);
+  const qat::HistogramOut out = histogram_state(counts, low, high, nonfinite, 1, mantissa_bits, device.index);
+  const Tensor s = grid_values(scale, "scale", 1, x), z = grid_values(zero_point, "zero_point", 1, x);
+  const Tensor y = torch::stable::empty_like(x), bits = new_bits(x, with_mask);
+  if (x.numel() == 0) return {y, bits};
+  const Tensor from = dense(x, y);
+  const qat::Layout layout = layout_of(from, -1);
+  by_type(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* const data = static_cast<const T*>(from.const_data_ptr());
+    check_launch(qat::cuda::observe_histogram<T>(data, layout, out, device.stream), "observe_histogram");
+    check_launch(qat::cuda::fake_quantize<T>(data, static_cast<T*>(y.mutable_data_ptr()),
+                                             bits_or_null(bits, with_mask), layout, s.const_data_ptr<float>(),
+                                             z.const_data_ptr<float>(), range, {}, device.stream),
+                 "fake_quantize_histogram_forward");
+  });
+  return {y, bits};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(qat, CUDA, m) {
+  m.impl("observe_minmax", TORCH_BOX(&observe_minmax));
+  m.impl("observe_range", TORCH_BOX(&observe_range));
+  m.impl("observe_histogram", TORCH_BOX(&observe_histogram));
+  m.impl("fake_quantize_histogram_forward", TORCH_BOX(&fake_quantize_histogram_forward));
+}
