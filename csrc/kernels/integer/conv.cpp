@@ -11,10 +11,9 @@
 namespace qat {
 namespace {
 
-// What a block of rows may take: the pointers, and the activations, results and residuals that stay in the second-level
-// cache for all panels.
+// What a block of rows may take: the pointers, and the activations that stay in the second-level cache for all panels.
 constexpr int64_t max_pointers = 8192;
-constexpr int64_t max_block_bytes = 256 * 1024;
+constexpr int64_t max_left_bytes = 256 * 1024;
 // Less work than this is not worth a second thread.
 constexpr int64_t serial_products = 200 * 1000;
 
@@ -62,10 +61,8 @@ void split_blocks(ConvLayer& l) {
     const int64_t rows = l.phases[p].rows * l.shape.batch;
     const int64_t pointers = std::max<int64_t>(static_cast<int64_t>(l.phases[p].taps.size()), 1);
     const int64_t strides = l.shape.transposed ? 1 : int64_t{l.shape.stride_h} * l.shape.stride_w;
-    const int64_t left = std::min<int64_t>(pointers, strides) * w.depth * left_bytes(l);
-    // a panel writes a part of a line of the cache, which the next panel's should find there
-    const int64_t bytes = left + w.outputs * (l.epilogue.add ? 2 : 1);
-    const int64_t most = std::max<int64_t>(std::min(max_pointers / pointers, max_block_bytes / bytes), 24);
+    const int64_t bytes = std::max<int64_t>(std::min<int64_t>(pointers, strides) * w.depth * left_bytes(l), 1);
+    const int64_t most = std::max<int64_t>(std::min(max_pointers / pointers, max_left_bytes / bytes), 24);
     const int64_t count = (rows + most - 1) / most;
     const int64_t each = ((rows + count - 1) / count + 23) / 24 * 24;
     for (int64_t first = 0; first < rows; first += each) {
