@@ -76,7 +76,7 @@ def load(path: Path) -> Status:
 
     A process can load only one; a second call in the same process must name the same file.
     """
-    global _active, _cuda  # noqa: PLW0603 - what the cache of `status` holds, for compiled code
+    global _active, _cuda
     if not path.is_file():
         return Status(False, "the extension was not built (no compiler at installation, or the build failed)")
     try:

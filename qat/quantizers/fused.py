@@ -108,11 +108,7 @@ def _activate(activation: Activation, x: Tensor) -> Tensor:
 
 
 def _is_native(x: Tensor) -> bool:
-    return (
-        x.dtype == torch.float32
-        and not torch.is_autocast_enabled(x.device.type)
-        and native.runs_on(x.device)
-    )
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type) and native.runs_on(x.device)
 
 
 def _has_native_norm(x: Tensor, norm: nn.Module) -> bool:
