@@ -85,6 +85,7 @@ class Observer(nn.Module, ABC):
         minimises_error: The range is meant to have the least squared quantization error.
         gives_scale: The method yields a scale. Its range is the one whose scale that is, for symmetric schemes, and
             may reach a little beyond what was observed.
+        constant_is_exact: The range of a constant tensor is its value, whatever the method would say.
         min_val: Smallest value (what exactly, the subclass says), float32, shape () or (C,); inf before any.
         max_val: Largest value, likewise; -inf before any.
         samples: Batch rows (`x.shape[0]`) observed, int64, shape ().
@@ -97,6 +98,7 @@ class Observer(nn.Module, ABC):
     order_dependent: ClassVar[bool] = False
     minimises_error: ClassVar[bool] = False
     gives_scale: ClassVar[bool] = False
+    constant_is_exact: ClassVar[bool] = True
 
     min_val: Tensor
     max_val: Tensor
@@ -275,7 +277,7 @@ class Observer(nn.Module, ABC):
         Returns:
             Lower and upper bounds, float64, shape () or (C,), finite, low <= high, within what was observed (unless
             the method yields a scale, `gives_scale`), on the observer's device. A channel of which no finite value was
-            observed gets (0, 0), a constant one its value.
+            observed gets (0, 0), a constant one its value (but for `constant_is_exact`).
 
         Raises:
             StateError: Nothing was observed.
@@ -289,9 +291,8 @@ class Observer(nn.Module, ABC):
         low, high = self._range(scheme)
         zero = torch.zeros_like(low)
         least, most = self.min_val.cpu().to(torch.float64), self.max_val.cpu().to(torch.float64)
-        if self.gives_scale:
-            low, high = low.clamp(min=-_LARGEST), high.clamp(max=_LARGEST)
-        else:
+        low, high = low.clamp(min=-_LARGEST), high.clamp(max=_LARGEST)
+        if self.constant_is_exact:
             low, high = (torch.where(least == most, least, bound) for bound in (low, high))
         # the sum turns -0.0, whose survival depends on the order of batches, into 0.0
         low, high = torch.where(seen, low, zero) + 0.0, torch.where(seen, high, zero) + 0.0

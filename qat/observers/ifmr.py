@@ -43,13 +43,13 @@ class IFMRObserver(BinnedObserver):
 
     OPTIONS: ClassVar[Mapping[str, Option]] = MappingProxyType(
         {
+            **BinnedObserver.OPTIONS,
             "search_range_start": Option(float, 0.7, 0.0, 10.0, low_open=True, about="smallest multiple"),
             "search_range_end": Option(float, 1.3, 0.0, 10.0, low_open=True, about="largest multiple"),
             "search_step": Option(float, 0.01, 0.0001, 10.0, about="from one multiple to the next"),
             "max_percentile": Option(float, 0.999999, 0.5, 1.0, low_open=True, about="share of elements below max"),
             "min_percentile": Option(float, 0.999999, 0.5, 1.0, low_open=True, about="share of elements above min"),
             "two_sided": Option(bool, False, about="search the lower end too (affine schemes)"),
-            **BinnedObserver.OPTIONS,
         }
     )
     about: ClassVar[str] = "multiple of the percentile maximum with the least squared error"

@@ -34,7 +34,7 @@ def alternate(
         (C,), float64, positive: where all codes become zero, the last scale by which they were not.
     """
     lowest, highest = (torch.as_tensor(end, dtype=torch.float64).reshape(-1).expand(len(values)) for end in codes)
-    # what is nearer to zero than half a step has the code 0 and no part in the sums: it can go, unless scales fall a lot
+    # what is nearer to zero than half a step has the code 0 and no part in the sums, so it can go until scales fall
     least = float(scale.min()) / _MARGIN
     far = (values.abs() >= least / 2).any(0)
     if bool(far.all()):

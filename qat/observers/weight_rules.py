@@ -25,6 +25,7 @@ class ARQObserver(MinMaxObserver):
     about: ClassVar[str] = "largest magnitude over the number of codes on its side"
     source: ClassVar[str] = "AMCT `arq_quantize`"
     gives_scale: ClassVar[bool] = True
+    constant_is_exact: ClassVar[bool] = False
 
     def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
         low, high = super()._range(scheme)
@@ -50,6 +51,7 @@ class FixedPointObserver(MinMaxObserver):
     about: ClassVar[str] = "scale 2^-fl, fl = bits - 1 - ceil(log2(max))"
     source: ClassVar[str] = "ACUITY `dynamic_fixed_point`"
     gives_scale: ClassVar[bool] = True
+    constant_is_exact: ClassVar[bool] = False
 
     def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
         low, high = super()._range(scheme)
