@@ -9,8 +9,8 @@ from qat.scheme import PER_TENSOR, ObserverSpec
 
 def test_names():
     assert set(OBSERVERS) == {
-        "minmax", "moving_average", "percentile", "histogram", "mace", "kl", "admm", "ifmr", "hfmg", "lp", "sqnr", "mle",
-        "arq", "dynamic_fixed_point", "auto",
+        "minmax", "moving_average", "percentile", "histogram", "mace", "kl", "admm", "ifmr", "hfmg", "lp", "sqnr",
+        "mle", "arq", "dynamic_fixed_point", "auto",
     }  # fmt: skip
 
 
