@@ -14,9 +14,6 @@ from qat.observers.density import SQUARED, Counts, Loss, density_of, scheme_erro
 from qat.observers.search import search_1d, search_2d
 from qat.scheme import Scheme
 
-#: how much below the tightest range by squared errors the search goes for powers below 2
-_TIGHTER = 4.0
-
 
 def least_error_range(
     negative: Tensor,
@@ -47,13 +44,11 @@ def least_error_range(
     counts = Counts(negative.to(torch.float64), positive.to(torch.float64), edges, low, high).trimmed()
     whole_low, whole_high = torch.clamp(low, max=0.0), torch.clamp(high, min=0.0)
     scale, _ = numerics.range_to_scale_unchecked(low, high, scheme)
-    density = density_of(counts, scale.to(torch.float64) / 2)
-    budget = scheme_errors(density, low[:, None], high[:, None], scheme)[:, 0]
-
-    tight_low, tight_high = _tightest(counts, budget, scheme.symmetric)
-    if loss.power < SQUARED.power:
-        # the budget is one of squares; a lower power weighs the tails less, so its ranges are tighter
-        tight_low, tight_high = tight_low / _TIGHTER, tight_high / _TIGHTER
+    # the lower the power, the less the tails weigh and the tighter the ranges: those of the powers 1 and 2 are known
+    rough = Loss(1.0) if loss.power < SQUARED.power else SQUARED
+    density = density_of(counts, scale.to(torch.float64) / 2, rough.power)
+    budget = scheme_errors(density, low[:, None], high[:, None], scheme, rough)[:, 0]
+    tight_low, tight_high = _tightest(counts, budget, scheme.symmetric, rough)
     levels = _levels(scheme)
     widest = torch.maximum(-whole_low, whole_high)
     # where nothing bounds the search, it ends at a range 2**-8 of the whole
@@ -85,24 +80,24 @@ def _levels(scheme: Scheme) -> int:
     return min(side for side in (qmax - middle, middle - qmin) if side > 0)
 
 
-def _tightest(counts: Counts, budget: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _tightest(counts: Counts, budget: Tensor, symmetric: bool, loss: Loss) -> tuple[Tensor, Tensor]:
     """Return for each side the smallest bound, (C,), whose clipped tail costs no more than the budget."""
     if symmetric:
-        bound = _tightest_side(counts.negative + counts.positive, counts.edges, budget)
+        bound = _tightest_side(counts.negative + counts.positive, counts.edges, budget, loss)
         return bound, bound
     return (
-        _tightest_side(counts.negative, counts.edges, budget),
-        _tightest_side(counts.positive, counts.edges, budget),
+        _tightest_side(counts.negative, counts.edges, budget, loss),
+        _tightest_side(counts.positive, counts.edges, budget, loss),
     )
 
 
-def _tightest_side(counts: Tensor, edges: Tensor, budget: Tensor) -> Tensor:
+def _tightest_side(counts: Tensor, edges: Tensor, budget: Tensor, loss: Loss) -> Tensor:
     middle = (edges[:-1] + edges[1:]) / 2
     above = counts.flip(-1).cumsum(-1).flip(-1)
     first = (counts * middle).flip(-1).cumsum(-1).flip(-1)
     second = (counts * middle**2).flip(-1).cumsum(-1).flip(-1)
     left = edges[:-1]
-    tail = second - 2 * left * first + left**2 * above
+    tail = first - left * above if loss.power == 1.0 else second - 2 * left * first + left**2 * above
     # tails shrink outwards: the number of tails beyond the budget is the index of the first within it
     index = (tail > budget[:, None]).sum(-1)
     return edges[index]

@@ -13,6 +13,7 @@ from qat.errors import SchemeError
 from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.density import Counts, Density, density_of, grid_errors
+from qat.observers.fallback import warn_of_fallback
 from qat.observers.linear import signed
 from qat.observers.percentile import value_at
 from qat.observers.scales import code_sides, extent_of, range_of_scale
@@ -20,6 +21,8 @@ from qat.scheme import Scheme
 
 #: what a quotient of two decimal numbers may miss a whole one by
 _SLACK = 1e-9
+#: with fewer elements a percentile would take a good part of the tensor for outliers
+_FEW = 1000
 
 
 class IFMRObserver(BinnedObserver):
@@ -33,6 +36,9 @@ class IFMRObserver(BinnedObserver):
     scale) scale: without the zero point, as theirs. Only the upper end is searched, as theirs; with `two_sided` (ours)
     then the lower end is, over the same multiples of min. *Symmetric*: m = max(max, |min|), candidates r m, scale =
     r m / 127, or / 128 where |min| is larger (int8; the codes of that side).
+
+    A percentile below 1 leaves at least one element out, however few there are. Where there are fewer than 1000, the
+    largest and the smallest are taken instead, with a warning (ours).
 
     The first of equally good candidates wins. The loss is integrated over the bins (`qat.observers.density`), and ranks
     are interpolated in them. A scale that is nearly zero is raised to `qat.numerics.SCALE_FLOOR`, where AMCT takes 1 or
@@ -82,7 +88,12 @@ class IFMRObserver(BinnedObserver):
     ) -> tuple[Tensor, Tensor]:
         counts, by_value = signed(negative, positive, edges)
         number = counts.sum(-1).to(torch.float64)
-        top, bottom = (torch.floor(self.options[f"{end}_percentile"] * number) for end in ("max", "min"))
+        few = number < _FEW
+        shares = [self.options[f"{end}_percentile"] for end in ("max", "min")]
+        if bool(few.any()) and min(shares) < 1.0:
+            cause = f"it has fewer than {_FEW} elements, too few for a percentile"
+            warn_of_fallback(self.name, cause, "ifmr starts from its extremes", int(few.sum()), len(few))
+        top, bottom = (torch.where(few, number, torch.floor(share * number)) for share in shares)
         upper = _ranked(counts, by_value, low, high, top / number.clamp(min=1.0))
         lower = -_ranked(counts.flip(-1), -by_value.flip(0), -high, -low, bottom / number.clamp(min=1.0))
         upper, lower = torch.clamp(upper, min=0.0), torch.clamp(lower, max=0.0)

@@ -36,7 +36,7 @@ class LpObserver(BinnedObserver):
             "mantissa_bits": Option(int, None, 0, 10, about="fineness of the bins; 6, or 4 by channel"),
         }
     )
-    about: ClassVar[str] = "least mean |x - Q(x)|^p"
+    about: ClassVar[str] = "least mean of abs(x - Q(x))^p"
     source: ClassVar[str] = "LAPQ; BRECQ"
     fineness: ClassVar[tuple[int, int]] = (6, 4)
 

@@ -31,6 +31,8 @@ class PercentileObserver(BinnedObserver):
             **BinnedObserver.OPTIONS,
         }
     )
+    about: ClassVar[str] = "holds a share of the elements on either side"
+    source: ClassVar[str] = "usual"
 
     def _range_of_counts(
         self,

