@@ -72,11 +72,11 @@ class AutoObserver(BinnedObserver):
         return {"minmax": bounds, **{name: view.range(scheme) for name, view in views.items()}}
 
     def _view(self, kind: type[BinnedObserver], options: Mapping[str, Any]) -> BinnedObserver:
-        """Return an observer of another kind over the same counts, in the bins that it has by itself if these are fewer."""
+        """Return an observer of another kind over the same counts, in its own bins if these are fewer."""
         bits = min(self.mantissa_bits, kind.fineness[self.channels is not None])
         view = kind(self.granularity, self.channels, self.name, **options, mantissa_bits=bits)
         for key in ("min_val", "max_val", "samples", "nonfinite"):
             view.register_buffer(key, self.get_buffer(key))
         # neighbours in the order of the bit patterns differ in their last bits
-        view.register_buffer("counts", self.counts.unflatten(-1, (view.bins, -1)).sum(-1))
+        view.register_buffer("counts", self.counts.reshape(*view.counts.shape, -1).sum(-1))
         return view

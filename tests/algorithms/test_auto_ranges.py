@@ -201,18 +201,17 @@ def test_a_region_ends_where_the_next_quantizers_are() -> None:
 
 def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=3)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     qmodel = prepared()
-    # the last process has no data at all
-    qat.calibrate(qmodel, [[images()[:25]], [images()[25:]], []][rank])
+    qat.calibrate(qmodel, [images()[:25] if rank == 0 else images()[25:]])
     qmodel.encodings().save(f"{folder}/{rank}.json")
     dist.destroy_process_group()
 
 
 def test_processes_choose_alike(tmp_path: Any) -> None:
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=3)
-    tables = [qat.Encodings.load(tmp_path / f"{rank}.json") for rank in range(3)]
-    assert tables[0] == tables[1] == tables[2]
+    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    tables = [qat.Encodings.load(tmp_path / f"{rank}.json") for rank in range(2)]
+    assert tables[0] == tables[1]
     alone = prepared()
     qat.calibrate(alone, [images()])
     for name, encoding in alone.encodings().items():
