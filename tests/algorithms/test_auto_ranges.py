@@ -208,6 +208,7 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.heavy
 def test_processes_choose_alike(tmp_path: Any) -> None:
     mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
     tables = [qat.Encodings.load(tmp_path / f"{rank}.json") for rank in range(2)]
