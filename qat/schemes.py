@@ -13,6 +13,8 @@ from qat.scheme import Granularity, ObserverSpec, Scheme, int_type
 
 #: the axis of a granularity is no key: it follows from the operator
 _SCHEME_KEYS = {f.name for f in fields(Scheme)} | {"group_size"}
+#: MNN's names of the symmetric integer range: v stands for qmin = -v, qmax = v
+CLAMP_KEYS = ("feature_clamp_value", "weight_clamp_value")
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,8 @@ def change_scheme(base: Scheme, changes: Mapping[str, Any] | None, where: str) -
         return base
     if not isinstance(changes, Mapping):
         raise SchemeError(f"{where} is {changes!r}", "write a mapping such as {dtype: int8}")
-    _known(changes, _SCHEME_KEYS, where)
+    _known(changes, _SCHEME_KEYS | set(CLAMP_KEYS), where)
+    changes = _without_clamp(changes, where)
     values = {f.name: getattr(base, f.name) for f in fields(Scheme)}
     values.update({k: v for k, v in changes.items() if k not in ("granularity", "group_size", "observer")})
     values["observer"] = _observer(changes.get("observer", base.observer), where)
@@ -150,6 +153,21 @@ def change_scheme(base: Scheme, changes: Mapping[str, Any] | None, where: str) -
         return Scheme(**values)
     except SchemeError as error:
         raise SchemeError(f"{where}: {error}") from None
+
+
+def _without_clamp(changes: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Replace MNN's clamp value by the integer range that it stands for."""
+    given = [key for key in CLAMP_KEYS if key in changes]
+    if not given:
+        return changes
+    clamp = changes[given[0]]
+    if not isinstance(clamp, int) or isinstance(clamp, bool) or clamp < 1:
+        raise SchemeError(f"{where}.{given[0]} is {clamp!r}", "give a positive integer, such as 127")
+    for key in (*given[1:], "qmin", "qmax"):
+        if key in changes:
+            raise SchemeError(f"{where} has both {given[0]} and {key}", "leave one of them out")
+    rest = {key: value for key, value in changes.items() if key != given[0]}
+    return {**rest, "qmin": -clamp, "qmax": clamp}
 
 
 def _granularity(base: Granularity, changes: Mapping[str, Any]) -> Granularity:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from qat.algorithms.auto_ranges import auto_quantizers, choose_ranges
 from qat.errors import DataError, StateError
 from qat.graph.batches import first_samples, join_samples, model_inputs, sample_count
 from qat.graph.finite import refuse_nonfinite
@@ -21,6 +22,8 @@ from qat.quantizers import FLOAT, OBSERVE, QUANTIZE, FakeQuantize, Quantizer
 
 #: samples that are kept for the verification of exports
 _KEPT = 16
+#: samples that are kept for the observer `auto` where the batches cannot be had twice
+_REPLAYED = 256
 #: below this many samples the ranges are hardly representative
 _FEW = 50
 
@@ -40,6 +43,9 @@ def calibrate(
     observer, and but for the rounding of the network's own arithmetic, which may depend on the batch size). Under
     `torch.distributed` the statistics are reduced over all processes at the end, so every process must call this; a
     process may have no batch as long as another has one.
+
+    For tensors with the observer `auto` the batches are gone through a second time (`qat.algorithms.auto_ranges`).
+    Where they are an iterator, which can be had only once, the first 256 samples of each process are kept for it.
 
     Where it fails, or is interrupted, the model has the ranges, phases and modes that it had before.
 
@@ -72,7 +78,11 @@ def calibrate(
         }
         for quantizer in chosen.values():
             quantizer.observer.reset()
-        seen, total, kept = _observe_together(qmodel, chosen, batches, samples, progress)
+        auto = auto_quantizers(chosen)
+        once = isinstance(batches, Iterator)
+        replayed: list[tuple[Tensor, ...]] = []
+        record = replayed if auto and once else None
+        seen, total, kept = _observe_together(qmodel, chosen, batches, samples, progress, record)
         _observe_constants(qmodel, chosen)
         if _distributed():
             for quantizer in chosen.values():
@@ -82,6 +92,8 @@ def calibrate(
             quantizer.finish()
             # the rows that an observer counts are more where it serves several places, or sees windows of images
             quantizer.samples.clamp_(max=total)
+        if auto:
+            choose_ranges(qmodel, auto, replayed if once else _inputs(qmodel, batches, samples))
         done: set[int] = set()
         for _, weight_quantizer, weight in qmodel.weight_quantizers():
             if id(weight_quantizer) not in done and (only == "all" or not weight_quantizer.ready):
@@ -143,6 +155,7 @@ def _observe_together(
     batches: Iterable[Any],
     samples: int | None,
     progress: bool | None,
+    record: list[tuple[Tensor, ...]] | None,
 ) -> tuple[int, int, tuple[Tensor, ...]]:
     """Observe the batches; where one process fails all do, for the others would wait for it forever.
 
@@ -155,7 +168,7 @@ def _observe_together(
     seen, kept = 0, tuple[Tensor, ...]()
     failure: Exception | None = None
     try:
-        seen, kept = _observe(qmodel, batches, samples, progress)
+        seen, kept = _observe(qmodel, batches, samples, progress, record)
     except Exception as error:
         if not _distributed():
             raise
@@ -178,25 +191,39 @@ def _observe_together(
     return seen, total, kept
 
 
+def _inputs(qmodel: PreparedModel, batches: Iterable[Any], samples: int | None) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the inputs of the model, up to so many samples."""
+    seen = 0
+    for batch in batches:
+        inputs = model_inputs(qmodel, batch)
+        if samples is not None:
+            inputs = first_samples(qmodel, inputs, samples - seen)
+        yield inputs
+        seen += sample_count(qmodel, inputs)
+        if samples is not None and seen >= samples:
+            return
+
+
 def _observe(
-    qmodel: PreparedModel, batches: Iterable[Any], samples: int | None, progress: bool | None
+    qmodel: PreparedModel,
+    batches: Iterable[Any],
+    samples: int | None,
+    progress: bool | None,
+    record: list[tuple[Tensor, ...]] | None,
 ) -> tuple[int, tuple[Tensor, ...]]:
     seen = remembered = 0
     kept: list[tuple[Tensor, ...]] = []
     bar = tqdm(batches, desc="calibrate", unit="batch", leave=False, disable=None if progress is None else not progress)
     with torch.no_grad():
-        for batch in bar:
-            inputs = model_inputs(qmodel, batch)
-            if samples is not None:
-                inputs = first_samples(qmodel, inputs, samples - seen)
+        for inputs in _inputs(qmodel, bar, samples):
             qmodel(*inputs)
             count = sample_count(qmodel, inputs)
+            if record is not None and seen < _REPLAYED and count:
+                record.append(tuple(x.clone() for x in first_samples(qmodel, inputs, _REPLAYED - seen)))
             seen += count
             if remembered < _KEPT and count:
                 kept.append(tuple(x.cpu().clone() for x in first_samples(qmodel, inputs, _KEPT - remembered)))
                 remembered += count
-            if samples is not None and seen >= samples:
-                break
     return seen, join_samples(qmodel, kept)
 
 

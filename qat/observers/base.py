@@ -16,7 +16,7 @@ from qat import native
 from qat.errors import DataError, SchemeError, StateError
 from qat.scheme import Granularity, Scheme
 
-Reduction = Literal["min", "max", "sum"]
+Reduction = Literal["min", "max", "sum", "smallest", "largest"]
 
 
 @dataclass(frozen=True)
@@ -24,23 +24,29 @@ class Option:
     """One option of an observer: its type, its default and the values that it may have.
 
     Attributes:
-        kind: `float` (an int will do) or `int`; a bool never does.
+        kind: `float` (an int will do), `int` (a bool never does), `bool` or `str`.
         default: The value when the option is not given; may be None: the observer chooses.
-        low: Smallest legal value.
-        high: Largest legal value.
+        low: Smallest legal number.
+        high: Largest legal number.
         low_open: `low` itself is not legal.
         about: What it does, in a few words.
+        choices: The legal words of a `str`.
     """
 
-    kind: type[float] | type[int]
-    default: float | int | None
-    low: float
-    high: float
+    kind: type[float] | type[int] | type[bool] | type[str]
+    default: float | int | bool | str | None
+    low: float = -math.inf
+    high: float = math.inf
     low_open: bool = False
     about: str = ""
+    choices: tuple[str, ...] = ()
 
     def describe(self) -> str:
         """Return the legal values in words, such as `a number in (50, 100]`."""
+        if self.kind is bool:
+            return "true or false"
+        if self.kind is str:
+            return f"one of {', '.join(self.choices)}"
         noun = "an integer" if self.kind is int else "a number"
         return f"{noun} in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
 
@@ -48,7 +54,11 @@ class Option:
         """Tell whether the option may have this value."""
         if value is None:
             return self.default is None
-        if isinstance(value, bool) or not isinstance(value, (int, float) if self.kind is float else int):
+        if self.kind is str:
+            return value in self.choices
+        if isinstance(value, bool) or self.kind is bool:
+            return isinstance(value, bool) and self.kind is bool
+        if not isinstance(value, (int, float) if self.kind is float else int):
             return False
         return (self.low < value if self.low_open else self.low <= value) and value <= self.high
 
@@ -69,8 +79,13 @@ class Observer(nn.Module, ABC):
 
     Attributes:
         OPTIONS: Legal options by name.
+        about: What the range is, in a line, for the table of methods.
+        source: Where the method comes from, likewise.
         order_dependent: The result depends on how the data was divided into batches and on their order.
         minimises_error: The range is meant to have the least squared quantization error.
+        gives_scale: The method yields a scale. Its range is the one whose scale that is, for symmetric schemes, and
+            may reach a little beyond what was observed.
+        constant_is_exact: The range of a constant tensor is its value, whatever the method would say.
         min_val: Smallest value (what exactly, the subclass says), float32, shape () or (C,); inf before any.
         max_val: Largest value, likewise; -inf before any.
         samples: Batch rows (`x.shape[0]`) observed, int64, shape ().
@@ -78,8 +93,12 @@ class Observer(nn.Module, ABC):
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = {}
+    about: ClassVar[str] = ""
+    source: ClassVar[str] = "qat"
     order_dependent: ClassVar[bool] = False
     minimises_error: ClassVar[bool] = False
+    gives_scale: ClassVar[bool] = False
+    constant_is_exact: ClassVar[bool] = True
 
     min_val: Tensor
     max_val: Tensor
@@ -134,13 +153,40 @@ class Observer(nn.Module, ABC):
     def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
         """Return the range, float64, on the CPU, () or (C,); whatever for channels without values."""
 
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Refuse options that contradict each other; each by itself is legal already.
+
+        Args:
+            options: The value of every option.
+
+        Raises:
+            SchemeError: There is a contradiction.
+        """
+
+    def range_of_rows(self, rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """Return the range of a tensor that is at hand as a whole, by its elements; None where counts are all it takes.
+
+        Args:
+            rows: All that was observed, one row a channel, (R, K), finite.
+            scheme: As for `range`.
+
+        Returns:
+            As `range`, (R,) each.
+        """
+        return None
+
     def reductions(self) -> dict[str, Reduction]:
-        """Declare how each buffer of several observers becomes that of one."""
+        """Declare how each buffer of several observers becomes that of one.
+
+        `min`, `max` and `sum` go element by element. `smallest` and `largest` keep, along the last dimension, as many
+        of both observers' elements as the buffer has room for, sorted from the smallest or the largest on.
+        """
         return {"min_val": "min", "max_val": "max", "samples": "sum", "nonfinite": "sum"}
 
     def _initial(self) -> dict[str, float | int]:
         """Return what each buffer is filled with before any observation."""
-        neutral = {"min": math.inf, "max": -math.inf, "sum": 0}
+        neutral = {"min": math.inf, "max": -math.inf, "sum": 0, "smallest": math.inf, "largest": -math.inf}
         return {key: neutral[kind] for key, kind in self.reductions().items()}
 
     # --- observing
@@ -240,8 +286,9 @@ class Observer(nn.Module, ABC):
             scheme: The scheme that will quantize; observers that minimise an error use its formula.
 
         Returns:
-            Lower and upper bounds, float64, shape () or (C,), finite, low <= high, within what was observed,
-            on the observer's device. A channel of which no finite value was observed gets (0, 0).
+            Lower and upper bounds, float64, shape () or (C,), finite, low <= high, within what was observed (unless
+            the method yields a scale, `gives_scale`), on the observer's device. A channel of which no finite value was
+            observed gets (0, 0), a constant one its value (but for `constant_is_exact`).
 
         Raises:
             StateError: Nothing was observed.
@@ -254,6 +301,10 @@ class Observer(nn.Module, ABC):
             self.finite_or_raise()
         low, high = self._range(scheme)
         zero = torch.zeros_like(low)
+        least, most = self.min_val.cpu().to(torch.float64), self.max_val.cpu().to(torch.float64)
+        low, high = low.clamp(min=-_LARGEST), high.clamp(max=_LARGEST)
+        if self.constant_is_exact:
+            low, high = (torch.where(least == most, least, bound) for bound in (low, high))
         # the sum turns -0.0, whose survival depends on the order of batches, into 0.0
         low, high = torch.where(seen, low, zero) + 0.0, torch.where(seen, high, zero) + 0.0
         return low.to(self.min_val.device), high.to(self.min_val.device)
@@ -289,7 +340,14 @@ class Observer(nn.Module, ABC):
         operators = {"min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX, "sum": dist.ReduceOp.SUM}
         with torch.no_grad():
             for key, kind in self.reductions().items():
-                dist.all_reduce(self.get_buffer(key), op=operators[kind], group=process_group)
+                buffer = self.get_buffer(key)
+                if kind in operators:
+                    dist.all_reduce(buffer, op=operators[kind], group=process_group)
+                    continue
+                parts = [torch.empty_like(buffer) for _ in range(dist.get_world_size(process_group))]
+                dist.all_gather(parts, buffer.contiguous(), group=process_group)
+                for index, part in enumerate(parts):
+                    buffer.copy_(part if index == 0 else _COMBINE[kind](buffer, part))
 
     def reset(self) -> None:
         """Forget everything observed."""
@@ -315,10 +373,26 @@ class Observer(nn.Module, ABC):
         return self
 
 
+#: the largest float32: whatever a method asks for, its range stays one of floats
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def smallest_of(mine: Tensor, other: Tensor) -> Tensor:
+    """Return the smallest elements of both along the last dimension, ascending, as many as `mine` has."""
+    return torch.cat([mine, other], dim=-1).sort(dim=-1).values[..., : mine.shape[-1]]
+
+
+def largest_of(mine: Tensor, other: Tensor) -> Tensor:
+    """Return the largest elements of both along the last dimension, descending, as many as `mine` has."""
+    return torch.cat([mine, other], dim=-1).sort(dim=-1, descending=True).values[..., : mine.shape[-1]]
+
+
 _COMBINE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "min": torch.minimum,
     "max": torch.maximum,
     "sum": torch.add,
+    "smallest": smallest_of,
+    "largest": largest_of,
 }
 
 

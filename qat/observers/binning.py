@@ -21,15 +21,14 @@ from qat.observers.base import Observer, Option, Reduction
 from qat.scheme import Granularity, Scheme
 
 _FLOAT32_MANTISSA = 23
-_PER_TENSOR_BITS = 7
-_PER_CHANNEL_BITS = 4
 _BINS_AT_ONCE = 1 << 21
 
 
 class BinnedObserver(Observer):
     """Counts elements by the top bits of their float32 pattern; base of the observers of distributions.
 
-    Memory: 8 bytes a bin, 2**(9 + mantissa_bits) bins: 512 KiB for a tensor, and 64 KiB for each channel.
+    Memory: 8 bytes a bin, 2**(9 + mantissa_bits) bins: with the default fineness 512 KiB for a tensor, and 64 KiB for
+    each channel.
     Mergeable: the result does not depend on batches, their order or their distribution.
 
     Attributes:
@@ -40,13 +39,15 @@ class BinnedObserver(Observer):
     OPTIONS: ClassVar[Mapping[str, Option]] = MappingProxyType(
         {"mantissa_bits": Option(int, None, 0, 10, about="fineness of the bins; 7, or 4 by channel")}
     )
+    #: mantissa bits by tensor and by channel where the option does not say
+    fineness: ClassVar[tuple[int, int]] = (7, 4)
 
     counts: Tensor
 
     def __init__(self, granularity: Granularity, channels: int | None, name: str, **options: Any) -> None:
         super().__init__(granularity, channels, name, **options)
         if self.options["mantissa_bits"] is None:
-            self.options["mantissa_bits"] = _PER_TENSOR_BITS if channels is None else _PER_CHANNEL_BITS
+            self.options["mantissa_bits"] = self.fineness[channels is not None]
         self.bins = 1 << (9 + self.mantissa_bits)
         shape = (self.bins,) if channels is None else (channels, self.bins)
         self.register_buffer("counts", torch.zeros(shape, dtype=torch.int64))

@@ -12,17 +12,17 @@ from torch import Tensor
 from qat import native
 from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
-from qat.observers.clipping import least_squares_range
+from qat.observers.clipping import least_error_range
 from qat.scheme import Scheme
 
 
 class HistogramObserver(BinnedObserver):
     """Range with the least mean squared difference between a value and its quantized value.
 
-    The quantizer is the scheme's own; `qat.observers.clipping` describes the search. Elements are taken as
-    evenly spread inside their bin. The exact minimum and maximum are used unless clipping is expected to lower
-    the error by one percent, or by half the width of a bin where that is more (3 % by channel): below that, how
-    the elements really lie in their bins decides.
+    The quantizer is the scheme's own; `qat.observers.density` says how the error is computed and
+    `qat.observers.clipping` how ranges are searched. Elements are taken as evenly spread inside their bin. The exact
+    minimum and maximum are used unless clipping is expected to lower the error by one percent, or by half the width of
+    a bin where that is more (3 % by channel): below that, how the elements really lie in their bins decides.
 
     `negative_weight` is for a tensor that only a leaky ReLU reads: with the square of its slope, the error that is
     minimised is the one after the leaky ReLU. That is exact, since quantization never changes the sign of a value.
@@ -36,6 +36,8 @@ class HistogramObserver(BinnedObserver):
             "negative_weight": Option(float, 1.0, 0.0, 1.0, about="weight of the squared errors of negative elements"),
         }
     )
+    about: ClassVar[str] = "least squared quantization error"
+    source: ClassVar[str] = "usual; the default of activations"
     minimises_error: ClassVar[bool] = True
 
     def _range(self, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -60,4 +62,4 @@ class HistogramObserver(BinnedObserver):
         self, negative: Tensor, positive: Tensor, edges: Tensor, low: Tensor, high: Tensor, scheme: Scheme
     ) -> tuple[Tensor, Tensor]:
         weighted = negative.to(torch.float64) * self.options["negative_weight"]
-        return least_squares_range(weighted, positive, edges, low, high, scheme, self._margin)
+        return least_error_range(weighted, positive, edges, low, high, scheme, self._margin)

@@ -29,6 +29,8 @@ class MovingAverageObserver(Observer):
     OPTIONS: ClassVar[Mapping[str, Option]] = MappingProxyType(
         {"momentum": Option(float, 0.01, 0.0, 1.0, low_open=True, about="weight of the newest batch")}
     )
+    about: ClassVar[str] = "moving average of the batches' minima and maxima"
+    source: ClassVar[str] = "Jacob et al. 2018; MNN `EMA`, ACUITY `moving_average`"
     order_dependent: ClassVar[bool] = True
 
     def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:  # noqa: ARG002

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
+from qat.observers.linear import signed
 from qat.scheme import Scheme
 
 
@@ -30,6 +31,8 @@ class PercentileObserver(BinnedObserver):
             **BinnedObserver.OPTIONS,
         }
     )
+    about: ClassVar[str] = "holds a share of the elements on either side"
+    source: ClassVar[str] = "usual"
 
     def _range_of_counts(
         self,
@@ -40,16 +43,15 @@ class PercentileObserver(BinnedObserver):
         high: Tensor,
         scheme: Scheme,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
-        counts = torch.cat([negative.flip(-1), positive], dim=-1)
-        by_value = torch.cat([-edges.flip(0), edges[1:]])
+        counts, by_value = signed(negative, positive, edges)
         share = self.options["percentile"] / 100.0
-        upper = _value_at(counts, by_value, low, high, share)
+        upper = value_at(counts, by_value, low, high, share)
         # the mirror image, so both sides round alike
-        lower = -_value_at(counts.flip(-1), -by_value.flip(0), -high, -low, share)
+        lower = -value_at(counts.flip(-1), -by_value.flip(0), -high, -low, share)
         return torch.minimum(lower, upper), torch.maximum(lower, upper)
 
 
-def _value_at(counts: Tensor, edges: Tensor, low: Tensor, high: Tensor, share: float) -> Tensor:
+def value_at(counts: Tensor, edges: Tensor, low: Tensor, high: Tensor, share: float) -> Tensor:
     """Return the value below which `share` of the elements lie.
 
     Args:

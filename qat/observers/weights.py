@@ -20,7 +20,8 @@ _BY_ROW = Granularity("per_channel", axis=0)
 def weight_range(weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Tensor]:
     """Return the range that the scheme's observer chooses after seeing the whole tensor once.
 
-    Where the observer minimises the squared error, its bounds are compared with min-max on the elements
+    Observers whose method is defined on elements and not on counts (`kl`, `admm`) are given the elements. Where the
+    observer minimises the squared error, its bounds are compared with min-max on the elements
     themselves, which the observer only knows by their bins, and min-max is taken for the channels where that
     is better. Channels and groups are observed some at a time, so the counts stay below 64 MiB.
 
@@ -96,7 +97,8 @@ def _range(observer: Observer, rows: Tensor, scheme: Scheme) -> tuple[Tensor, Te
     """Return what `observer` says of `rows`, (R, K), each bound of shape (R,)."""
     observer.to(rows.device).observe(rows)
     observer.finite_or_raise()
-    low, high = (bound.reshape(-1) for bound in observer.range(scheme))
+    exact = observer.range_of_rows(rows, scheme)
+    low, high = (bound.reshape(-1) for bound in (observer.range(scheme) if exact is None else exact))
     if not observer.minimises_error:
         return low, high
     least, most = (bound.reshape(-1).to(torch.float64) for bound in (observer.min_val, observer.max_val))

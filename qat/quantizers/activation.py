@@ -192,6 +192,19 @@ class FakeQuantize(Quantizer):
         self.samples.copy_(self.observer.samples)
         self.tracked.zero_()
 
+    def set_range(self, low: Tensor, high: Tensor, method: str) -> None:
+        """Set the grid from a range that was chosen otherwise than by `finish`; the samples stay what they are.
+
+        Args:
+            low: Lower bound, () or (C,).
+            high: Upper bound, likewise.
+            method: What chose it.
+
+        Raises:
+            EncodingError: The range is inverted or not finite; the tensor is named.
+        """
+        self._set_range(low, high, "ptq", method)
+
     def encoding(self) -> Encoding:
         """Return the encoding: `qat` once tracked in training, else as calibrated, fixed or loaded.
 

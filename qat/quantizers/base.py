@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from qat import native, numerics
 from qat.encoding import Encoding, Provenance, warn_of_floor
 from qat.errors import CheckpointError, EncodingError, SchemeError
+from qat.observers import resolve_observer
 from qat.scheme import Granularity, Scheme
 
 _WIDEST = 16
@@ -117,7 +118,8 @@ class Quantizer(nn.Module):
             raise SchemeError(f"unknown quantizer {scheme.quantizer!r} for {name!r}", "choose static")
         if scheme.int_type.bits > _WIDEST:
             raise SchemeError(f"{name!r} cannot be fake-quantized to {scheme.dtype}", "use 16 bits or fewer")
-        self.scheme = scheme
+        # another system's name of an observer would hide what it is from whoever asks
+        self.scheme = scheme.with_(observer=resolve_observer(scheme.observer))
         self.name = name
         #: how a range becomes the grid, for the native extension
         self.rule = native.GridRule(

@@ -118,6 +118,8 @@ class TensorPart(Part):
     qmin: int | None = None
     qmax: int | None = None
     power_of_two: bool | None = None
+    feature_clamp_value: Positive | None = Field(default=None, description="MNN's name: v for qmin -v and qmax v")
+    weight_clamp_value: Positive | None = Field(default=None, description="likewise")
 
 
 class LayerPart(Part):

@@ -10,6 +10,7 @@ import torch.multiprocessing as mp
 from qat.observers import OBSERVERS, make_observer
 from qat.scheme import PER_TENSOR, Granularity, ObserverSpec, Scheme
 
+pytestmark = pytest.mark.filterwarnings("ignore::qat.errors.QuantizationWarning")
 SCHEME = Scheme("int8", symmetric=True)
 KINDS = [(PER_TENSOR, None), (Granularity("per_channel", axis=1), 3)]
 

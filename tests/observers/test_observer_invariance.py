@@ -15,6 +15,7 @@ from qat.scheme import PER_TENSOR, Granularity, ObserverSpec, Scheme
 
 MAX = torch.finfo(torch.float32).max
 NASTY = [0.0, -0.0, 1e-45, -1e-45, 2.0**-126, MAX, -MAX, 1.0, -1.0, 0.1]
+pytestmark = pytest.mark.filterwarnings("ignore::qat.errors.QuantizationWarning")
 EXACT = sorted(name for name, observer in OBSERVERS.items() if not observer.order_dependent)
 KINDS = [(PER_TENSOR, None), (Granularity("per_channel", axis=1), 3)]
 

@@ -8,7 +8,10 @@ from qat.scheme import PER_TENSOR, ObserverSpec
 
 
 def test_names():
-    assert set(OBSERVERS) == {"minmax", "moving_average", "percentile", "histogram"}
+    assert set(OBSERVERS) == {
+        "minmax", "moving_average", "percentile", "histogram", "mace", "kl", "admm", "ifmr", "hfmg", "lp", "sqnr",
+        "mle", "arq", "dynamic_fixed_point", "auto",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", sorted(OBSERVERS))

@@ -16,6 +16,10 @@ from qat.scheme import PER_TENSOR, Granularity, ObserverSpec, Scheme
 BY_CHANNEL = Granularity("per_channel", axis=1)
 BY_GROUP = Granularity("per_group", axis=1, size=3)
 NAMES = sorted(OBSERVERS)
+#: what these say of a constant tensor is in test_observer_scales
+EXACT_CONSTANTS = [name for name in NAMES if OBSERVERS[name].constant_is_exact]
+#: the fallbacks of methods that have too little to go on; that they warn is in test_observer_fallbacks
+pytestmark = pytest.mark.filterwarnings("ignore::qat.errors.QuantizationWarning")
 AFFINE, SYMMETRIC = Scheme("uint8"), Scheme("int8", symmetric=True)
 MAX = torch.finfo(torch.float32).max
 
@@ -60,8 +64,9 @@ def test_range_is_float64_within_the_observed(name, granularity, channels):
         assert low.dtype == high.dtype == torch.float64
         assert low.shape == high.shape == (() if channels is None else (channels,))
         assert bool((low <= high).all())
-        assert bool((low >= observer.min_val).all())
-        assert bool((high <= observer.max_val).all())
+        if not observer.gives_scale:
+            assert bool((low >= observer.min_val).all())
+            assert bool((high <= observer.max_val).all())
 
 
 def test_minmax_by_tensor_channel_and_ragged_group():
@@ -84,11 +89,12 @@ def test_channel_axis(name, axis):
     count = x.shape[axis]
     observer = seen(name, x, granularity=Granularity("per_channel", axis=axis), channels=count)
     for channel, (low, high) in enumerate(zip(*observer.range(AFFINE), strict=True)):
-        one = seen(name, x.select(axis, channel), **({"mantissa_bits": 4} if hasattr(observer, "counts") else {}))
+        fine = {"mantissa_bits": observer.mantissa_bits} if hasattr(observer, "counts") else {}
+        one = seen(name, x.select(axis, channel), **fine)
         assert (float(low), float(high)) == tuple(float(v) for v in one.range(AFFINE))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXACT_CONSTANTS)
 def test_one_dimensional_tensor_by_channel(name):
     x = torch.tensor([-1.0, 0.0, 2.0])
     observer = seen(name, x, granularity=Granularity("per_channel"), channels=3)
@@ -116,7 +122,7 @@ def test_nothing_observed(name):
     assert all(torch.equal(value, fresh[key]) for key, value in observer.state_dict().items())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXACT_CONSTANTS)
 @pytest.mark.parametrize("dtype", ["uint8", "int8", "int4", "uint16"])
 @pytest.mark.parametrize("value", [0.0, -0.0, 1.0, -3.7, MAX, -MAX, 1e-45, -1e-40, 2.0**-126, 7.0])
 def test_constant_tensor_has_exactly_its_value(name, dtype, value):
@@ -151,8 +157,9 @@ def test_nonfinite_values_are_counted_and_stay_out(name, granularity, channels):
         observer.finite_or_raise()
     low, high = observer.range(AFFINE)
     assert bool((torch.isfinite(low) & torch.isfinite(high)).all())
-    assert float(low.min()) >= -2.0
-    assert float(high.max()) <= 5.0
+    if not observer.gives_scale:
+        assert float(low.min()) >= -2.0
+        assert float(high.max()) <= 5.0
     if channels is None:
         # the same statistic as without the bad values
         clean = seen(name, bad[torch.isfinite(bad)])
@@ -162,7 +169,9 @@ def test_nonfinite_values_are_counted_and_stay_out(name, granularity, channels):
         observer.reset()
         observer.observe(torch.tensor([[math.nan, 1.0, 2.0, -3.0]]))
         low, high = observer.range(AFFINE)
-        assert low.tolist() == high.tolist() == [0.0, 1.0, 2.0, -3.0]
+        assert (float(low[0]), float(high[0])) == (0.0, 0.0)
+        if observer.constant_is_exact:
+            assert low.tolist() == high.tolist() == [0.0, 1.0, 2.0, -3.0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -239,7 +248,7 @@ def test_merge_refuses_what_was_made_otherwise(name):
     ]
     if mine.options:
         key, option = next(iter(mine.OPTIONS.items()))
-        others.append(make(name, **{key: option.high}))
+        others.append(make(name, **{key: option.choices[0] if option.choices else option.high}))
     before = copy.deepcopy(mine.state_dict())
     for other in others:
         with pytest.raises(StateError, match="made alike"):
@@ -266,6 +275,12 @@ def test_memory_is_what_is_documented(name):
     def size(observer):
         return sum(b.numel() * b.element_size() for key, b in observer.named_buffers() if b.numel() > 1)
 
-    binned = name in ("histogram", "percentile")
-    assert size(make(name)) == (512 * 1024 if binned else 0)
-    assert size(make(name, BY_CHANNEL, 32)) == 32 * (64 * 1024 * binned + 8)
+    mebi, kibi = 1 << 20, 1 << 10
+    tensor, channel = {
+        "minmax": (0, 0), "moving_average": (0, 0), "arq": (0, 0), "dynamic_fixed_point": (0, 0),
+        "mace": (32 * kibi, 32 * kibi), "kl": (4 * mebi, 512 * kibi), "hfmg": (2 * mebi, 128 * kibi),
+        "auto": (mebi, 64 * kibi), "lp": (256 * kibi, 64 * kibi), "sqnr": (256 * kibi, 64 * kibi),
+    }.get(name, (512 * kibi, 64 * kibi))  # fmt: skip
+    assert size(make(name)) == tensor
+    # and min_val, max_val and the count of samples by channel
+    assert size(make(name, BY_CHANNEL, 32)) == 32 * (channel + 8 + 8 * (name == "mace"))
