@@ -76,19 +76,22 @@ class Unit:
         return self.nodes[-1]
 
     def run(
-        self, root: nn.Module, inputs: Iterable[Any], change: Callable[[fx.Node, Any], Any] | None = None
+        self, root: nn.Module, inputs: Iterable[Any], change: Callable[[fx.Node, Any, Any], Any] | None = None
     ) -> Tensor:
         """Compute the unit.
 
         Args:
             root: The model whose modules and parameters are used.
             inputs: Values of `self.inputs`.
-            change: Called with each node but the last and its value; returns the value to go on with.
+            change: Called with each node, its value, and the value of the first node that it reads; returns the value
+                to go on with.
         """
         values: dict[fx.Node, Any] = dict(zip(self.inputs, inputs, strict=True))
         for node in self.nodes:
             value = call_node(root, node, lambda argument: lookup(root, argument, values))
-            values[node] = value if change is None or node is self.output else change(node, value)
+            if change is not None:
+                value = change(node, value, values.get(next(iter(node.all_input_nodes), node)))
+            values[node] = value
         out: Tensor = values[self.output]
         return out
 
