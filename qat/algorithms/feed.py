@@ -1,4 +1,4 @@
-"""`Feed`: samples of a unit, drawn at random, with its quantization dropped at random.
+"""What a unit computes on samples that are drawn at random, with its quantization dropped at random.
 
 Source: Wei et al., "QDrop: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization" (ICLR
 2022).
@@ -13,51 +13,34 @@ import torch
 from torch import Tensor, fx
 
 from qat.algorithms.sweep import Visit
+from qat.algorithms.unfolded import WeightMatrix
+
+#: places that are drawn a sample where the places of a layer's output are drawn singly
+_PLACES = 32
+Quantize = Callable[[fx.Node, Tensor], Tensor | None]
 
 
-class Feed:
-    """Draws the samples of a step, and replaces elements of quantized activations by their float values.
+def make_feed(
+    visit: Visit, size: int, drop: float, seed: int, quantize: Quantize | None = None
+) -> SampleFeed | PlaceFeed:
+    """Choose how to draw: single places of a single layer, or whole samples.
 
     Args:
         visit: The unit with its data.
         size: Samples a step. Where dimension 0 of what the unit reads does not count samples, a step gets one batch.
-        drop: Probability of an element to be float.
+        drop: Probability of an element of a quantized activation to be float.
         seed: Of both.
         quantize: Fake-quantizes in place of a node's module: (node, what it reads) -> result or None.
     """
+    kind = PlaceFeed if _is_by_place(visit) else SampleFeed
+    return kind(visit, size, drop, seed, quantize)
 
-    def __init__(
-        self,
-        visit: Visit,
-        size: int,
-        drop: float,
-        seed: int,
-        quantize: Callable[[fx.Node, Tensor], Tensor | None] | None = None,
-    ) -> None:
+
+class _Feed:
+    def __init__(self, visit: Visit, size: int, drop: float, seed: int, quantize: Quantize | None) -> None:
         self.visit, self.size, self.drop, self.quantize = visit, size, drop, quantize
         self.device = visit.targets[0].device
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        counts = [len(target) for target in visit.targets]
-        self.by_sample = all(
-            isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
-            for inputs, count in zip(visit.quantized_inputs, counts, strict=True)
-            for value in inputs
-        )
-        self.places = [(i, row) for i, count in enumerate(counts) for row in range(count)]
-
-    def draw(self) -> tuple[list[Any], Tensor]:
-        """Return inputs and target of a step; they are copies, for an operator may work in place."""
-        quantized, reference = self.visit.quantized_inputs, self.visit.float_inputs
-        if not self.by_sample:
-            i = int(torch.randint(len(quantized), (), generator=self.generator, device=self.device))
-            return [self._mix(q, f) for q, f in zip(quantized[i], reference[i], strict=True)], self.visit.targets[i]
-        order = torch.randperm(len(self.places), generator=self.generator, device=self.device)
-        places = [self.places[p] for p in order[: self.size].tolist()]
-        inputs = [
-            self._mix(_rows(quantized, places, k), _rows(reference, places, k) if self.drop else None)
-            for k in range(len(self.visit.unit.inputs))
-        ]
-        return inputs, torch.stack([self.visit.targets[i][row] for i, row in places])
 
     def change(self, node: fx.Node, value: Any, before: Any) -> Any:
         """Replace the result of a fake quantizer, or elements of it by what went in."""
@@ -76,5 +59,92 @@ class Feed:
         return torch.where(chance < self.drop, reference, quantized)
 
 
-def _rows(batches: tuple[tuple[Any, ...], ...], places: list[tuple[int, int]], k: int) -> Tensor:
-    return torch.stack([batches[i][k][row] for i, row in places])
+class PlaceFeed(_Feed):
+    """Draws places of a layer's output, from all samples alike.
+
+    Neighbouring places see nearly the same, so that some from everywhere tell as much as all of a few samples, at a
+    fraction of the cost.
+    """
+
+    def __init__(self, visit: Visit, size: int, drop: float, seed: int, quantize: Quantize | None = None) -> None:
+        super().__init__(visit, size, drop, seed, quantize)
+        (self.layer,) = visit.unit.layers
+        self.form = WeightMatrix(self.layer.op, tuple(self.layer.weight.shape))
+        self.linear = self.layer.op.kind == "linear"
+        self.quantized = self.form.unfold(_joined(visit.quantized_inputs)[0])
+        self.reference = self.form.unfold(_joined(visit.float_inputs)[0]) if drop else None
+        targets = torch.cat(visit.targets)
+        self.spread = (1,) * (0 if self.linear else targets.dim() - 2)
+        self.target = (targets if self.linear else targets.movedim(1, -1)).reshape(len(self.quantized.base), -1)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Return the output at the places of a step, and the target."""
+        count = self.size * _PLACES
+        total = len(self.target)
+        places = torch.arange(total, device=self.device)
+        if count < total:
+            places = torch.randint(total, (count,), generator=self.generator, device=self.device)
+        rows = self.quantized.rows(self.quantized.base[places])
+        if self.reference is not None:
+            rows = self._mix(rows, self.reference.rows(self.reference.base[places]))
+        layer = self.layer
+        weight = self.form.matrix(getattr(layer.owner, layer.attribute))
+        out = (rows @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        if layer.bias is not None:
+            out = out + getattr(self.visit.root.get_submodule(layer.bias.module), layer.bias.attribute)
+        out = out.reshape(*out.shape, *self.spread)
+        out = self.visit.unit.run_from(self.visit.root, out, self.change)
+        return out, self.target[places].reshape(out.shape)
+
+
+class SampleFeed(_Feed):
+    """Draws samples."""
+
+    def __init__(self, visit: Visit, size: int, drop: float, seed: int, quantize: Quantize | None = None) -> None:
+        super().__init__(visit, size, drop, seed, quantize)
+        counts = [len(target) for target in visit.targets]
+        self.by_sample = all(
+            isinstance(value, Tensor) and value.dim() > 0 and len(value) == count
+            for inputs, count in zip(visit.quantized_inputs, counts, strict=True)
+            for value in inputs
+        )
+        self.count = sum(counts)
+        if self.by_sample:
+            self.quantized = _joined(visit.quantized_inputs)
+            self.reference = _joined(visit.float_inputs) if drop else [None] * len(self.quantized)
+            self.target = torch.cat(visit.targets)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """Return the output on the samples of a step, and the target."""
+        inputs, target = self._draw()
+        change = self.change if self.drop or self.quantize is not None else None
+        return self.visit.unit.run(self.visit.root, inputs, change), target
+
+    def _draw(self) -> tuple[list[Any], Tensor]:
+        # copies, for an operator may work in place
+        if not self.by_sample:
+            i = int(torch.randint(len(self.visit.targets), (), generator=self.generator, device=self.device))
+            pairs = zip(self.visit.quantized_inputs[i], self.visit.float_inputs[i], strict=True)
+            return [self._mix(q, f) for q, f in pairs], self.visit.targets[i]
+        rows = torch.randperm(self.count, generator=self.generator, device=self.device)[: self.size]
+        inputs = [
+            self._mix(q[rows], None if f is None else f[rows])
+            for q, f in zip(self.quantized, self.reference, strict=True)
+        ]
+        return inputs, self.target[rows]
+
+
+def _is_by_place(visit: Visit) -> bool:
+    """Whether a unit is one layer and what acts on each place of its output for itself."""
+    unit = visit.unit
+    if len(unit.layers) != 1 or len(unit.inputs) != 1:
+        return False
+    (layer,) = unit.layers
+    kinds = {op.node: op.kind for op in visit.root.opgraph.ops.values()}
+    if kinds.get(unit.nodes[0].name) != layer.op.kind or unit.nodes[0].name != layer.op.node:
+        return False
+    return all(n.meta.get("quantizes") or kinds.get(n.name) in ("batch_norm", "clamp") for n in unit.nodes[1:])
+
+
+def _joined(batches: tuple[tuple[Any, ...], ...]) -> list[Any]:
+    return [torch.cat([inputs[k] for inputs in batches]) for k in range(len(batches[0]))]

@@ -13,9 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.algorithms.hessian import WeightMatrix
 from qat.algorithms.rounding import Rounding, UnitRounding, check_option, refuse_nonfinite, roundable, take_over
 from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
+from qat.algorithms.unfolded import WeightMatrix
 from qat.algorithms.units import Layer, layer_units
 from qat.errors import QuantizationWarning
 from qat.graph.batches import sample_count

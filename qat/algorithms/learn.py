@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qat.algorithms.feed import Feed
+from qat.algorithms.feed import make_feed
 from qat.algorithms.rounding import check_option
 from qat.algorithms.sweep import Visit
 from qat.quantizers import FakeQuantize, LearnedRounding
@@ -139,12 +139,10 @@ def _descend(
         scale = scales.get(str(node.target))
         return None if scale is None else scale(x)
 
-    feed = Feed(visit, learning.batch_size, learning.drop, learning.seed, quantize)
-    change = feed.change if learning.drop or scales else None
+    feed = make_feed(visit, learning.batch_size, learning.drop, learning.seed, quantize if scales else None)
     channels = visit.targets[0].shape[-1 if visit.unit.layers[-1].op.kind == "linear" else 1]
     for iteration in range(learning.iterations):
-        inputs, target = feed.draw()
-        out = visit.unit.run(visit.root, inputs, change)
+        out, target = feed.step()
         loss = (out - target).square().mean() * channels
         beta = learning.beta(iteration)
         if beta is not None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.algorithms.gptq import pick, solve
-from qat.algorithms.hessian import WeightMatrix
 from qat.algorithms.rounding import Rounding, UnitRounding, check_option, refuse_nonfinite, roundable, set_rounding
 from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
+from qat.algorithms.unfolded import WeightMatrix
 from qat.algorithms.units import Layer, layer_units
 from qat.errors import StateError
 from qat.graph.batches import sample_count

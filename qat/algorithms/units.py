@@ -86,8 +86,20 @@ class Unit:
             change: Called with each node, its value, and the value of the first node that it reads; returns the value
                 to go on with.
         """
-        values: dict[fx.Node, Any] = dict(zip(self.inputs, inputs, strict=True))
+        return self._run(root, dict(zip(self.inputs, inputs, strict=True)), change)
+
+    def run_from(
+        self, root: nn.Module, first: Tensor, change: Callable[[fx.Node, Any, Any], Any] | None = None
+    ) -> Tensor:
+        """Compute the rest of the unit from the value of its first node, as `run`."""
+        return self._run(root, {self.nodes[0]: first}, change)
+
+    def _run(
+        self, root: nn.Module, values: dict[fx.Node, Any], change: Callable[[fx.Node, Any, Any], Any] | None
+    ) -> Tensor:
         for node in self.nodes:
+            if node in values:
+                continue
             value = call_node(root, node, lambda argument: lookup(root, argument, values))
             if change is not None:
                 value = change(node, value, values.get(next(iter(node.all_input_nodes), node)))

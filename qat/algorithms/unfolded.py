@@ -1,4 +1,4 @@
-"""The second moments of what a convolution or linear operator multiplies its weights with."""
+"""Convolution and linear operators as products of matrices: rows of inputs times rows of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.graph.opgraph import GraphOp
 
-#: elements of the unfolded inputs that are made at a time
+#: elements of rows that are made at a time
 _ELEMENTS = 1 << 24
 
 
@@ -47,49 +47,65 @@ class WeightMatrix:
             return parts.transpose(1, 2).reshape(self.shape)
         return matrix.reshape(self.shape)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """Return the rows that the matrices are multiplied with: (groups, samples x places, columns)."""
+    def unfold(self, x: Tensor) -> Unfolded:
+        """Return the rows that the matrices are multiplied with.
+
+        Args:
+            x: Input of the operator.
+        """
         if self.op.kind == "linear":
-            return x.reshape(1, -1, x.shape[-1])
-        kernel = self.shape[2:]
-        attrs = self.op.attrs
+            rows = x.reshape(-1, x.shape[-1])
+            base = torch.arange(len(rows), device=x.device) * rows.shape[1]
+            return Unfolded(rows.reshape(-1), base, torch.arange(rows.shape[1], device=x.device)[None])
+        kernel, attrs = self.shape[2:], self.op.attrs
         dilation, stride, padding = attrs["dilation"], attrs["stride"], attrs["padding"]
         if self.op.kind == "conv_transpose":
             # a convolution of the input with zeros between its elements, by the kernel turned around
             x = _spread(x, stride)
-            extra = attrs["output_padding"]
             reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
-            padding = [(r - low, r - high + e) for r, (low, high), e in zip(reach, padding, extra, strict=True)]
-            stride = [1] * len(kernel)
-        x = F.pad(x, [side for pair in reversed(list(padding)) for side in pair])
+            sides = zip(reach, padding, attrs["output_padding"], strict=True)
+            padding, stride = [(r - low, r - high + extra) for r, (low, high), extra in sides], [1] * len(kernel)
+        x = F.pad(x, [side for pair in reversed(list(padding)) for side in pair]).contiguous()
+        starts, offsets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         for d, k in enumerate(kernel):
-            x = x.unfold(2 + d, (k - 1) * dilation[d] + 1, stride[d])[..., :: dilation[d]]
-        if self.op.kind == "conv_transpose":
-            x = x.flip(list(range(-len(kernel), 0)))
-        # samples, channels, places, kernel
-        samples, channels = x.shape[:2]
-        x = x.reshape(samples, self.groups, channels // self.groups, -1, *kernel)
-        return x.transpose(2, 3).movedim(1, 0).reshape(self.groups, -1, channels // self.groups * _product(kernel))
+            count = (x.shape[2 + d] - dilation[d] * (k - 1) - 1) // stride[d] + 1
+            taps = torch.arange(k) if self.op.kind != "conv_transpose" else torch.arange(k).flip(0)
+            starts = (starts[:, None] + torch.arange(count) * (stride[d] * x.stride(2 + d))).flatten()
+            offsets = (offsets[:, None] + taps * (dilation[d] * x.stride(2 + d))).flatten()
+        base = (torch.arange(len(x))[:, None] * x.stride(0) + starts).flatten()
+        channels = (torch.arange(x.shape[1])[:, None] * x.stride(1) + offsets).reshape(self.groups, -1)
+        return Unfolded(x.reshape(-1), base.to(x.device), channels.to(x.device))
 
     def second_moments(self, batches: Iterable[Tensor]) -> Tensor:
         """Return the sum of the rows' outer products over all samples, float64: (groups, columns, columns)."""
         total: Tensor | None = None
         for x in batches:
-            columns = _product(self.shape[1:]) if self.op.kind != "conv_transpose" else _product(self.shape[2:])
-            places = x[:1].numel() if self.op.kind == "linear" else _product(x.shape[2:]) * self.groups * columns
-            for part in torch.split(x, max(1, _ELEMENTS // max(places, 1))):
-                rows = self.rows(part.to(torch.float32))
+            unfolded = self.unfold(x.to(torch.float32))
+            for places in torch.split(unfolded.base, max(1, _ELEMENTS // unfolded.offsets.numel())):
+                rows = unfolded.rows(places)
                 moments = (rows.transpose(1, 2) @ rows).to(torch.float64)
                 total = moments if total is None else total + moments
         assert total is not None
         return total
 
 
-def _product(sizes: Iterable[int]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
+@dataclass(frozen=True)
+class Unfolded:
+    """The input of an operator as rows that are made where they are wanted.
+
+    Attributes:
+        values: The padded input, flat.
+        base: Where the row of each place of the output starts in it: (samples x places), samples first.
+        offsets: Where its elements are from there: (groups, columns).
+    """
+
+    values: Tensor
+    base: Tensor
+    offsets: Tensor
+
+    def rows(self, base: Tensor) -> Tensor:
+        """Return some rows, (groups, rows, columns), by their starts."""
+        return self.values[base[None, :, None] + self.offsets[:, None, :]]
 
 
 def _spread(x: Tensor, stride: Iterable[int]) -> Tensor:
