@@ -7,18 +7,25 @@ section 3; Frantar and Alistarh, "Optimal Brain Compression" (NeurIPS 2022), sec
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from qat.algorithms.rounding import Rounding, UnitRounding, check_option, refuse_nonfinite, roundable, take_over
+from qat.algorithms.rounding import (
+    Rounding,
+    UnitRounding,
+    check_option,
+    count_samples,
+    refuse_nonfinite,
+    roundable,
+    take_over,
+)
 from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
 from qat.algorithms.unfolded import WeightMatrix
 from qat.algorithms.units import Layer, layer_units
 from qat.errors import QuantizationWarning
-from qat.graph.batches import sample_count
 from qat.graph.prepared import PreparedModel
 
 Order = Literal["activation", "natural"]
@@ -34,6 +41,7 @@ def gptq(
     damping: float = 0.01,
     block_size: int = 128,
     order: Order = "activation",
+    correct: bool = True,
     samples: int | None = None,
     memory: int = DEFAULT_MEMORY,
     float_model: nn.Module | None = None,
@@ -50,6 +58,8 @@ def gptq(
         block_size: Columns after which the error is spread over all the others; the result does not depend on it, but
             for rounding.
         order: Of the columns: `activation`, those with the largest inputs first, or `natural`.
+        correct: Before rounding, change the weights so that they also make up for the error of what the layer reads
+            (the least squares solution for the output of the float model); False: the original algorithm.
         samples: Take at most as many; None for all.
         memory: Bytes for activations (see `gather`); fewer samples are taken where they do not fit.
         float_model: The model that `qmodel` was made of, where its weights have been changed since.
@@ -67,12 +77,13 @@ def gptq(
     check_option(order in ("activation", "natural"), "order", order, "choose activation or natural")
     units = roundable(qmodel, layer_units(qmodel, "clamp"))
     data = gather(qmodel, batches, samples=samples, memory=memory)
+    count = count_samples(qmodel, data, "gptq")
     results: list[UnitRounding] = []
 
     def visit(found: Visit) -> None:
         refuse_nonfinite(found)
         (layer,) = found.unit.layers
-        codes = _codes(found, layer, damping, block_size, order)
+        codes = _codes(found, layer, damping, block_size, order, correct)
         if codes is None:
             error = found.error()
             results.append(UnitRounding(found.unit.name, (layer.key,), error, error, kept=True))
@@ -80,15 +91,17 @@ def gptq(
             results.append(take_over(found, {layer.key: codes}, "gptq"))
 
     sweep(qmodel, data, units, visit, float_model=float_model, progress=progress, title="gptq")
-    return Rounding("gptq", tuple(results), sum(sample_count(qmodel, inputs) for inputs in data))
+    return Rounding("gptq", tuple(results), count)
 
 
-def _codes(visit: Visit, layer: Layer, damping: float, block_size: int, order: Order) -> Tensor | None:
+def _codes(visit: Visit, layer: Layer, damping: float, block_size: int, order: Order, correct: bool) -> Tensor | None:
     """Return the codes of a layer's weight, int32, or None (with a warning) where it has no such solution."""
     form = WeightMatrix(layer.op, tuple(layer.weight.shape))
     steps, step, zero_point = layer.quantizer.steps(layer.weight)
     weight, step, zero_point = (form.matrix(t).to(torch.float64) for t in (steps * step, step, zero_point))
-    moments = form.second_moments(inputs[0] for inputs in visit.quantized_inputs)
+    moments, cross = form.moments(input_pairs(visit))
+    if correct:
+        weight = weight + weight @ cross @ torch.linalg.inv(damp(moments, damping))
     qmin, qmax = layer.quantizer.qmin, layer.quantizer.qmax
 
     def nearest(column: Tensor, index: Tensor) -> Tensor:
@@ -104,6 +117,21 @@ def _codes(visit: Visit, layer: Layer, damping: float, block_size: int, order: O
         )
         return None
     return form.weight((rounded / step).round() + zero_point).to(torch.int32)
+
+
+def input_pairs(visit: Visit) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what a unit's layer reads in the quantized and in the float path, batch by batch."""
+    for quantized, reference in zip(visit.quantized_inputs, visit.float_inputs, strict=True):
+        yield quantized[0], reference[0]
+
+
+def damp(moments: Tensor, damping: float) -> Tensor:
+    """Add a share of the mean diagonal to the diagonal of each of a batch of matrices."""
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    # inputs that are never seen: any code is as good as the nearest
+    mean = torch.where(mean > 0, mean, 1.0)
+    return moments + torch.diag_embed((mean * damping).expand_as(diagonal))
 
 
 def pick(matrix: Tensor, index: Tensor) -> Tensor:
@@ -159,13 +187,8 @@ def solve(
 
 def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
     """Return the upper Cholesky factor of the inverse of the damped moments."""
-    diagonal = moments.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    # inputs that are never seen: any code is as good as the nearest
-    mean = torch.where(mean > 0, mean, 1.0)
     for trial in range(_TRIALS):
-        damped = moments + torch.diag_embed((mean * damping * 10**trial).expand_as(diagonal))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damp(moments, damping * 10**trial))
         if not bool(failed.any()):
             inverse: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not bool(inverse[1].any()):

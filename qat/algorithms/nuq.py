@@ -15,13 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.algorithms.gptq import pick, solve
-from qat.algorithms.rounding import Rounding, UnitRounding, check_option, refuse_nonfinite, roundable, set_rounding
+from qat.algorithms.gptq import input_pairs, pick, solve
+from qat.algorithms.rounding import (
+    Rounding,
+    UnitRounding,
+    check_option,
+    count_samples,
+    refuse_nonfinite,
+    roundable,
+    set_rounding,
+)
 from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
 from qat.algorithms.unfolded import WeightMatrix
 from qat.algorithms.units import Layer, layer_units
 from qat.errors import StateError
-from qat.graph.batches import sample_count
 from qat.graph.prepared import PreparedModel
 
 _BITS = 8
@@ -89,6 +96,7 @@ def nuq(
                 "quantize weights to int8",
             )
     data = gather(qmodel, batches, samples=samples, memory=memory)
+    count = count_samples(qmodel, data, "nuq")
     results: list[UnitRounding] = []
     clusters: dict[str, tuple[int, ...]] = {}
 
@@ -109,7 +117,7 @@ def nuq(
         results.append(UnitRounding(found.unit.name, (layer.key,), before, best[0]))
 
     sweep(qmodel, data, units, visit, float_model=float_model, progress=progress, title="nuq")
-    return NonUniform(Rounding("nuq", tuple(results), sum(sample_count(qmodel, inputs) for inputs in data)), clusters)
+    return NonUniform(Rounding("nuq", tuple(results), count), clusters)
 
 
 def _candidates(visit: Visit, layer: Layer, steps: int, iterations: int, damping: float) -> list[Tensor]:
@@ -117,7 +125,7 @@ def _candidates(visit: Visit, layer: Layer, steps: int, iterations: int, damping
     form = WeightMatrix(layer.op, tuple(layer.weight.shape))
     in_steps, step, zero_point = layer.quantizer.steps(layer.weight)
     matrix, step, zero = (form.matrix(t).to(torch.float64) for t in (in_steps, step, zero_point))
-    moments = form.second_moments(inputs[0] for inputs in visit.quantized_inputs)
+    moments, _ = form.moments(input_pairs(visit))
     importance = moments.diagonal(dim1=1, dim2=2)[:, None, :] * step.square()
     low, high = layer.quantizer.qmin, layer.quantizer.qmax
     wanted, found = matrix + zero, []

@@ -16,10 +16,17 @@ from torch import nn
 from qat.algorithms.blocks import Blocks, block_units
 from qat.algorithms.learn import Learning, learn
 from qat.algorithms.resume import Progress, digest
-from qat.algorithms.rounding import Rounding, UnitRounding, refuse_nonfinite, roundable, set_rounding, take_over
+from qat.algorithms.rounding import (
+    Rounding,
+    UnitRounding,
+    count_samples,
+    refuse_nonfinite,
+    roundable,
+    set_rounding,
+    take_over,
+)
 from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
 from qat.algorithms.units import Unit
-from qat.graph.batches import sample_count
 from qat.graph.prepared import PreparedModel
 
 
@@ -104,6 +111,7 @@ def reconstruct_units(
 ) -> Rounding:
     """Learn the rounding of some units, in order (see `reconstruct` for the arguments and errors)."""
     data = gather(qmodel, batches, samples=samples, memory=memory, batch_size=learning.batch_size)
+    count = count_samples(qmodel, data, method)
     options = {"method": method, "units": [unit.name for unit in units], **asdict(learning)}
     path = None if checkpoint is None else Path(checkpoint)
     done = Progress(path, digest(qmodel, data, options, float_model) if path is not None else "")
@@ -126,7 +134,7 @@ def reconstruct_units(
         results.append(result)
 
     sweep(qmodel, data, units, visit, float_model=float_model, progress=progress, title=method)
-    return Rounding(method, tuple(results), sum(sample_count(qmodel, inputs) for inputs in data))
+    return Rounding(method, tuple(results), count)
 
 
 def _part(tensors: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from qat.algorithms.sweep import Visit
 from qat.algorithms.units import Unit
 from qat.errors import DataError, QuantizationWarning, StateError
+from qat.graph.batches import sample_count
 from qat.graph.prepared import PreparedModel
 from qat.quantizers import FakeQuantize
+
+#: below this many samples a rounding is hardly representative
+_FEW = 50
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,18 @@ def roundable(qmodel: PreparedModel, units: Sequence[Unit]) -> tuple[Unit, ...]:
         which = f"({floats[0]!r} is float: {qmodel.plan[floats[0]].reason})" if floats else "(it has none)"
         raise StateError(f"the model has no quantized weight to round {which}", "check the scheme and the target")
     return tuple(left)
+
+
+def count_samples(qmodel: PreparedModel, data: Sequence[tuple[Tensor, ...]], method: str) -> int:
+    """Return the number of samples; warn where they are too few to choose a rounding by."""
+    count = sum(sample_count(qmodel, inputs) for inputs in data)
+    if count < _FEW:
+        warnings.warn(
+            f"{method} on {count} samples only, which it may fit and no others; {_FEW} or more are advisable",
+            QuantizationWarning,
+            stacklevel=3,
+        )
+    return count
 
 
 def check_option(ok: bool, name: str, value: object, mend: str) -> None:

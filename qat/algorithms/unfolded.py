@@ -76,17 +76,28 @@ class WeightMatrix:
         channels = (torch.arange(x.shape[1])[:, None] * x.stride(1) + offsets).reshape(self.groups, -1)
         return Unfolded(x.reshape(-1), base.to(x.device), channels.to(x.device))
 
-    def second_moments(self, batches: Iterable[Tensor]) -> Tensor:
-        """Return the sum of the rows' outer products over all samples, float64: (groups, columns, columns)."""
-        total: Tensor | None = None
-        for x in batches:
-            unfolded = self.unfold(x.to(torch.float32))
-            for places in torch.split(unfolded.base, max(1, _ELEMENTS // unfolded.offsets.numel())):
-                rows = unfolded.rows(places)
-                moments = (rows.transpose(1, 2) @ rows).to(torch.float64)
-                total = moments if total is None else total + moments
-        assert total is not None
-        return total
+    def moments(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Sum outer products of the rows of a quantized input q and of its float value f over all samples.
+
+        Args:
+            batches: Pairs of q and f.
+
+        Returns:
+            The sums of `q^T q` and of `(f - q)^T q`, float64, (groups, columns, columns).
+        """
+        second: Tensor | None = None
+        cross: Tensor | None = None
+        for quantized, reference in batches:
+            a, b = self.unfold(quantized.to(torch.float32)), self.unfold(reference.to(torch.float32))
+            for base in torch.split(a.base, max(1, _ELEMENTS // a.offsets.numel())):
+                rows = a.rows(base)
+                own = (rows.transpose(1, 2) @ rows).to(torch.float64)
+                other = ((b.rows(base) - rows).transpose(1, 2) @ rows).to(torch.float64)
+                second = own if second is None else second + own
+                cross = other if cross is None else cross + other
+        assert second is not None
+        assert cross is not None
+        return second, cross
 
 
 @dataclass(frozen=True)

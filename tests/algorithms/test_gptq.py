@@ -88,9 +88,11 @@ def test_a_layer_is_a_product_of_matrices(layer: nn.Module, shape: tuple[int, ..
     wanted = layer(x)
     wanted = wanted if isinstance(layer, nn.Linear) else wanted.movedim(1, -1)
     torch.testing.assert_close(out, wanted.reshape(out.shape), rtol=1e-4, atol=1e-5)
-    moments = form.second_moments([x[:1], x[1:]])
-    rows = unfolded.rows(unfolded.base).double()
-    torch.testing.assert_close(moments, rows.transpose(1, 2) @ rows, rtol=1e-4, atol=1e-4)
+    other = torch.randn(shape)
+    second, cross = form.moments([(x[:1], other[:1]), (x[1:], other[1:])])
+    rows, others = unfolded.rows(unfolded.base).double(), form.unfold(other).rows(unfolded.base).double()
+    torch.testing.assert_close(second, rows.transpose(1, 2) @ rows, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cross, (others - rows).transpose(1, 2) @ rows, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("order", ["activation", "natural"])
@@ -171,6 +173,12 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(StateError) as caught:
         gptq(qmodel, [data], progress=False, **options)
     assert str(caught.value) == message
+
+
+def test_few_samples() -> None:
+    qmodel, data = make(Linears)
+    with pytest.warns(QuantizationWarning, match="gptq on 20 samples only, which it may fit and no others; 50 or more"):
+        gptq(qmodel, [data], samples=20, progress=False)
 
 
 def test_no_data() -> None:
