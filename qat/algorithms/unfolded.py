@@ -54,9 +54,10 @@ class WeightMatrix:
             x: Input of the operator.
         """
         if self.op.kind == "linear":
-            rows = x.reshape(-1, x.shape[-1])
-            base = torch.arange(len(rows), device=x.device) * rows.shape[1]
-            return Unfolded(rows.reshape(-1), base, torch.arange(rows.shape[1], device=x.device)[None])
+            pixels = x.reshape(-1, x.shape[-1])
+            return Unfolded(
+                pixels, torch.arange(len(pixels), device=x.device), torch.zeros(1, dtype=torch.long, device=x.device), 1
+            )
         kernel, attrs = self.shape[2:], self.op.attrs
         dilation, stride, padding = attrs["dilation"], attrs["stride"], attrs["padding"]
         if self.op.kind == "conv_transpose":
@@ -65,16 +66,15 @@ class WeightMatrix:
             reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
             sides = zip(reach, padding, attrs["output_padding"], strict=True)
             padding, stride = [(r - low, r - high + extra) for r, (low, high), extra in sides], [1] * len(kernel)
-        x = F.pad(x, [side for pair in reversed(list(padding)) for side in pair]).contiguous()
-        starts, offsets = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-        for d, k in enumerate(kernel):
-            count = (x.shape[2 + d] - dilation[d] * (k - 1) - 1) // stride[d] + 1
-            taps = torch.arange(k) if self.op.kind != "conv_transpose" else torch.arange(k).flip(0)
-            starts = (starts[:, None] + torch.arange(count) * (stride[d] * x.stride(2 + d))).flatten()
-            offsets = (offsets[:, None] + taps * (dilation[d] * x.stride(2 + d))).flatten()
-        base = (torch.arange(len(x))[:, None] * x.stride(0) + starts).flatten()
-        channels = (torch.arange(x.shape[1])[:, None] * x.stride(1) + offsets).reshape(self.groups, -1)
-        return Unfolded(x.reshape(-1), base.to(x.device), channels.to(x.device))
+        x = F.pad(x, [side for pair in reversed(list(padding)) for side in pair])
+        starts, taps = torch.arange(len(x), device=x.device), torch.zeros(1, dtype=torch.long, device=x.device)
+        for size, k, step, gap in zip(x.shape[2:], kernel, stride, dilation, strict=True):
+            places = torch.arange((size - gap * (k - 1) - 1) // step + 1, device=x.device) * step
+            turned = torch.arange(k, device=x.device)
+            turned = turned.flip(0) if self.op.kind == "conv_transpose" else turned
+            starts = (starts[:, None] * size + places).flatten()
+            taps = (taps[:, None] * size + turned * gap).flatten()
+        return Unfolded(x.movedim(1, -1).reshape(-1, x.shape[1]), starts, taps, self.groups)
 
     def moments(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """Sum outer products of the rows of a quantized input q and of its float value f over all samples.
@@ -89,7 +89,7 @@ class WeightMatrix:
         cross: Tensor | None = None
         for quantized, reference in batches:
             a, b = self.unfold(quantized.to(torch.float32)), self.unfold(reference.to(torch.float32))
-            for base in torch.split(a.base, max(1, _ELEMENTS // a.offsets.numel())):
+            for base in torch.split(a.base, max(1, _ELEMENTS // a.columns)):
                 rows = a.rows(base)
                 own = (rows.transpose(1, 2) @ rows).to(torch.float64)
                 other = ((b.rows(base) - rows).transpose(1, 2) @ rows).to(torch.float64)
@@ -105,18 +105,27 @@ class Unfolded:
     """The input of an operator as rows that are made where they are wanted.
 
     Attributes:
-        values: The padded input, flat.
-        base: Where the row of each place of the output starts in it: (samples x places), samples first.
-        offsets: Where its elements are from there: (groups, columns).
+        pixels: The padded input, (samples x places, channels): what a place needs lies together in memory.
+        base: Number of the first pixel for each place of the output, samples first.
+        taps: How many pixels after that the others are.
+        groups: Groups of channels.
     """
 
-    values: Tensor
+    pixels: Tensor
     base: Tensor
-    offsets: Tensor
+    taps: Tensor
+    groups: int
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row, all groups together."""
+        return len(self.taps) * self.pixels.shape[1]
 
     def rows(self, base: Tensor) -> Tensor:
         """Return some rows, (groups, rows, columns), by their starts."""
-        return self.values[base[None, :, None] + self.offsets[:, None, :]]
+        found = self.pixels.index_select(0, (base[:, None] + self.taps).flatten())
+        found = found.reshape(len(base), len(self.taps), self.groups, -1)
+        return found.permute(2, 0, 3, 1).reshape(self.groups, len(base), -1)
 
 
 def _spread(x: Tensor, stride: Iterable[int]) -> Tensor:

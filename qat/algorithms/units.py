@@ -86,7 +86,12 @@ class Unit:
             change: Called with each node, its value, and the value of the first node that it reads; returns the value
                 to go on with.
         """
-        return self._run(root, dict(zip(self.inputs, inputs, strict=True)), change)
+        values = dict(zip(self.inputs, inputs, strict=True))
+        for node in self.nodes:
+            # the inputs are read again; all other in-place operators have been traced as ordinary ones
+            if node.op == "call_module" and getattr(root.get_submodule(str(node.target)), "inplace", False):
+                values |= {a: values[a].clone() for a in node.all_input_nodes if a in values}
+        return self._run(root, values, change)
 
     def run_from(
         self, root: nn.Module, first: Tensor, change: Callable[[fx.Node, Any, Any], Any] | None = None

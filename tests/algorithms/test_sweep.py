@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from small_nets import Linears, Residual, Shared, Transposed, make
+from small_nets import Linears, Residual, Shared, Transposed, calibrated, make, vectors
 from torch import Tensor, nn
 
 import qat
 from qat.algorithms.sweep import Visit, gather, sweep
-from qat.algorithms.units import Reach, layer_units, quantized_layers
+from qat.algorithms.units import Reach, layer_units, make_unit, quantized_layers, varying_nodes
 from qat.errors import DataError, QuantizationWarning, StateError
 from qat.graph.prepared import PreparedModel
 from qat.quantizers import Phase
@@ -89,6 +89,38 @@ def test_layers_that_share_a_weight_are_known() -> None:
     qmodel, _ = make(Shared)
     calls = {name: layer.calls for name, layer in quantized_layers(qmodel).items()}
     assert calls == {"twice": 2, "twice#2": 2, "once": 1}
+
+
+class InPlace(nn.Module):
+    """A block that begins with an activation in place, which is not the same when it is done twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.act = nn.LeakyReLU(0.5, inplace=True)
+        self.left, self.right = nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.first(x))
+        return self.left(y) + self.right(y)  # type: ignore[no-any-return]
+
+
+def test_a_unit_can_be_run_again() -> None:
+    torch.manual_seed(0)
+    data = vectors()
+    qmodel = calibrated(InPlace(), data)
+    varying = varying_nodes(qmodel.graph)
+    nodes = [node for node in qmodel.graph.nodes if node in varying and node.op != "output"]
+    layers = tuple(quantized_layers(qmodel).values())[1:]
+    start = next(i for i, node in enumerate(nodes) if node.name == "act")
+    unit = make_unit("block", nodes[start:], layers, varying)
+
+    def visit(found: Visit) -> None:
+        for _ in range(2):
+            torch.testing.assert_close(torch.cat(list(found.outputs())), output_of(qmodel, data, "quantize"))
+        torch.testing.assert_close(torch.cat(found.targets), output_of(qmodel, data, "float"))
+
+    sweep(qmodel, gather(qmodel, [data]), [unit], visit, progress=False)
 
 
 def test_few_values_are_alive() -> None:
