@@ -41,14 +41,20 @@ class _Feed:
         self.visit, self.size, self.drop, self.quantize = visit, size, drop, quantize
         self.device = visit.targets[0].device
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        #: what the fake quantizer that ends the unit has read in the last step; None where there is none
+        self.unquantized: Tensor | None = None
 
     def change(self, node: fx.Node, value: Any, before: Any) -> Any:
         """Replace the result of a fake quantizer, or elements of it by what went in."""
         if node.meta.get("quantizes") is None:
             return value
+        if node is self.visit.unit.output:
+            # its noise would blur what the weights learn: they see the value before it, and it sees them as they are
+            self.unquantized = before
+            learned = self.quantize(node, before.detach()) if self.quantize is not None else None
+            return before.detach() if learned is None else learned
         learned = self.quantize(node, before) if self.quantize is not None else None
-        value = value if learned is None else learned
-        return value if node is self.visit.unit.output else self._mix(value, before)
+        return self._mix(value if learned is None else learned, before)
 
     def _mix(self, quantized: Any, reference: Any) -> Any:
         if not isinstance(quantized, Tensor):

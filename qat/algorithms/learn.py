@@ -101,7 +101,8 @@ def learn(visit: Visit, learning: Learning) -> Learned:
 
     The loss is the squared error of the unit's output against the float model, summed over channels and averaged over
     samples and places, the inputs being those of the quantized path (asymmetric reconstruction), plus
-    `reg_param * sum(1 - |2 h - 1|**beta)`.
+    `reg_param * sum(1 - |2 h - 1|**beta)`. A fake quantizer that ends the unit is learned by an error of its own: what
+    it does to the output is nothing that the weights could make up for.
 
     Args:
         visit: The unit with its data.
@@ -144,6 +145,8 @@ def _descend(
     for iteration in range(learning.iterations):
         out, target = feed.step()
         loss = (out - target).square().mean() * channels
+        if feed.unquantized is not None:
+            loss = loss + (feed.unquantized - target).square().mean() * channels
         beta = learning.beta(iteration)
         if beta is not None:
             loss = loss + learning.reg_param * torch.stack([r.indecision(beta) for r in roundings.values()]).sum()

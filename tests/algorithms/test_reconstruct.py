@@ -70,23 +70,22 @@ def test_the_layers_of_a_block_are_learned_together() -> None:
     ]
 
 
-def test_scales_of_activations_can_be_learned() -> None:
-    errors = {}
-    for rate in (0.0, 0.02):
-        qmodel, data = make(Residual, W4A4)
-        wanted = float_output(qmodel, data)
-        before = {name: q.encoding() for name, q in qmodel.activation_quantizers().items()}
-        options = {"iterations": 60, "batch_size": 16, "learning_rate": 0.05, "progress": False}
-        result = reconstruct(qmodel, [data], scale_rate=rate, **options)
-        errors[rate] = output_error(qmodel, wanted, data)
-        changed = {name for name, q in qmodel.activation_quantizers().items() if q.encoding() != before[name]}
-        # not that of the input, which no block computes
-        assert len(changed) >= 3 if rate else not changed
-        assert "x" not in changed
-        if rate:
-            assert qmodel.activation_quantizers()["relu6"].encoding().method == "reconstruct"
-            check_rounded(qmodel, result, data)
-    assert errors[0.02] < 0.9 * errors[0.0]
+@pytest.mark.parametrize("rate", [0.0, 0.02])
+def test_scales_of_activations_can_be_learned(rate: float) -> None:
+    qmodel, data = make(Residual, W4A4)
+    wanted = float_output(qmodel, data)
+    error = output_error(qmodel, wanted, data)
+    before = {name: q.encoding() for name, q in qmodel.activation_quantizers().items()}
+    options = {"iterations": 60, "batch_size": 16, "learning_rate": 0.05, "drop": 0.0, "progress": False}
+    result = reconstruct(qmodel, [data], scale_rate=rate, **options)
+    assert output_error(qmodel, wanted, data) < 0.65 * error
+    changed = {name for name, q in qmodel.activation_quantizers().items() if q.encoding() != before[name]}
+    # not that of the input, which no block computes
+    assert len(changed) >= 3 if rate else not changed
+    assert "x" not in changed
+    if rate:
+        assert qmodel.activation_quantizers()["relu6"].encoding().method == "reconstruct"
+        check_rounded(qmodel, result, data)
 
 
 def test_training_goes_on() -> None:
