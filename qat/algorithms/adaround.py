@@ -23,7 +23,7 @@ def adaround(
     qmodel: PreparedModel,
     batches: Iterable[Any],
     *,
-    iterations: int = 1000,
+    iterations: int = 500,
     batch_size: int = 32,
     learning_rate: float = 1e-2,
     reg_param: float = 0.01,

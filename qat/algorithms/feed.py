@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from qat.algorithms.sweep import Visit
-from qat.algorithms.unfolded import WeightMatrix
+from qat.algorithms.unfolded import Unfolded, WeightMatrix
 
 #: places that are drawn a sample where the places of a layer's output are drawn singly
 _PLACES = 32
@@ -90,17 +90,25 @@ class PlaceFeed(_Feed):
         places = torch.arange(total, device=self.device)
         if count < total:
             places = torch.randint(total, (count,), generator=self.generator, device=self.device)
-        rows = self.quantized.rows(self.quantized.base[places])
-        if self.reference is not None:
-            rows = self._mix(rows, self.reference.rows(self.reference.base[places]))
         layer = self.layer
         weight = self.form.matrix(getattr(layer.owner, layer.attribute))
-        out = (rows @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
+        if weight.shape[0] == self.quantized.pixels.shape[1] > 1 and weight.shape[1] == 1:
+            # depthwise: many products of single rows are slow as products of matrices
+            out = (self._drawn(Unfolded.windows, places) * weight.squeeze(1).T).sum(1)
+        else:
+            out = (self._drawn(Unfolded.rows, places) @ weight.transpose(1, 2)).transpose(0, 1).flatten(1)
         if layer.bias is not None:
             out = out + getattr(self.visit.root.get_submodule(layer.bias.module), layer.bias.attribute)
         out = out.reshape(*out.shape, *self.spread)
         out = self.visit.unit.run_from(self.visit.root, out, self.change)
         return out, self.target[places].reshape(out.shape)
+
+    def _drawn(self, take: Callable[[Unfolded, Tensor], Tensor], places: Tensor) -> Tensor:
+        quantized = take(self.quantized, self.quantized.base[places])
+        if self.reference is None:
+            return quantized
+        mixed: Tensor = self._mix(quantized, take(self.reference, self.reference.base[places]))
+        return mixed
 
 
 class SampleFeed(_Feed):

@@ -35,7 +35,7 @@ def reconstruct(
     batches: Iterable[Any],
     *,
     blocks: Blocks = "residual",
-    iterations: int = 1000,
+    iterations: int = 500,
     batch_size: int = 32,
     learning_rate: float = 1e-2,
     scale_rate: float = 0.0,

@@ -121,10 +121,14 @@ class Unfolded:
         """Elements of a row, all groups together."""
         return len(self.taps) * self.pixels.shape[1]
 
-    def rows(self, base: Tensor) -> Tensor:
-        """Return some rows, (groups, rows, columns), by their starts."""
+    def windows(self, base: Tensor) -> Tensor:
+        """Return what some places see, (places, taps, channels), by their starts."""
         found = self.pixels.index_select(0, (base[:, None] + self.taps).flatten())
-        found = found.reshape(len(base), len(self.taps), self.groups, -1)
+        return found.reshape(len(base), len(self.taps), -1)
+
+    def rows(self, base: Tensor) -> Tensor:
+        """Return the rows of some places, (groups, places, columns), by their starts."""
+        found = self.windows(base).reshape(len(base), len(self.taps), self.groups, -1)
         return found.permute(2, 0, 3, 1).reshape(self.groups, len(base), -1)
 
 
