@@ -1,6 +1,10 @@
 """`qat`: from a float PyTorch model to a verified integer one."""
 
+from qat.algorithms.adaround import adaround
 from qat.algorithms.calibrate import calibrate
+from qat.algorithms.gptq import gptq
+from qat.algorithms.nuq import nuq
+from qat.algorithms.reconstruct import reconstruct
 from qat.analysis.compare import Comparison, compare
 from qat.encoding import Encoding, Encodings
 from qat.errors import QatError
@@ -29,12 +33,16 @@ __all__ = [
     "Scheme",
     "Schemes",
     "Target",
+    "adaround",
     "calibrate",
     "compare",
     "convert",
     "export_onnx",
+    "gptq",
     "load_target",
+    "nuq",
     "optimize_for_training",
     "plan",
     "prepare",
+    "reconstruct",
 ]

@@ -1,0 +1,187 @@
+"""GPTQ: the solution of a straightforward reference, and a smaller error for every layer that there is."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rounding_checks import check_rounded, float_output, output_error, trains, weight_codes
+from small_nets import Linears, Residual, Shared, Transposed, calibrated, make
+from torch import Tensor, nn
+
+import qat
+from qat.algorithms.gptq import gptq, solve
+from qat.algorithms.unfolded import WeightMatrix
+from qat.algorithms.units import quantized_layers
+from qat.errors import DataError, QuantizationWarning, StateError
+
+PER_TENSOR = {"weights": {"dtype": "int4", "granularity": "per_tensor"}}
+PER_GROUP = {"weights": {"dtype": "int4", "granularity": "per_group", "group_size": 8}}
+
+
+def reference(weight: Tensor, moments: Tensor, step: Tensor, damping: float, activation: bool) -> Tensor:
+    """One matrix, one column after the other; the inverse is computed anew for what is left (OBQ with an order)."""
+    columns = weight.shape[1]
+    moments = moments + damping * moments.diagonal().mean() * torch.eye(columns, dtype=torch.float64)
+    order = moments.diagonal().argsort(descending=True, stable=True).tolist() if activation else list(range(columns))
+    left, weight = list(order), weight.clone()
+    for k in order:
+        inverse = torch.linalg.inv(moments[left][:, left])
+        at = left.index(k)
+        rounded = torch.clamp(torch.round(weight[:, k] / step[:, k]), -8, 7) * step[:, k]
+        error = (weight[:, k] - rounded) / inverse[at, at]
+        weight[:, left] -= error[:, None] * inverse[at][None, :]
+        weight[:, k] = rounded
+        left.remove(k)
+    return weight
+
+
+@pytest.mark.parametrize("order", ["activation", "natural"])
+@pytest.mark.parametrize("block_size", [1, 4, 128])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_the_solution_is_that_of_the_reference(order: str, block_size: int, groups: int) -> None:
+    generator = torch.Generator().manual_seed(groups)
+    weight = torch.randn(groups, 5, 12, dtype=torch.float64, generator=generator)
+    rows = torch.randn(groups, 40, 12, dtype=torch.float64, generator=generator)
+    rows = rows @ torch.randn(12, 12, dtype=torch.float64, generator=generator)
+    moments = rows.transpose(1, 2) @ rows
+    step = torch.rand(groups, 5, 12, dtype=torch.float64, generator=generator) + 0.1
+
+    def nearest(column: Tensor, index: Tensor) -> Tensor:
+        s = torch.stack([step[g, :, int(index[g])] for g in range(groups)])
+        return torch.clamp(torch.round(column / s), -8, 7) * s
+
+    found = solve(weight, moments, nearest, damping=0.02, block_size=block_size, order=order)  # type: ignore[arg-type]
+    assert found is not None
+    for g in range(groups):
+        wanted = reference(weight[g], moments[g], step[g], 0.02, order == "activation")
+        torch.testing.assert_close(found[g], wanted, rtol=0, atol=1e-6)
+
+
+LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
+    (nn.Conv2d(3, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), (2, 3, 7, 8)),
+    (nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 5, 5)),
+    (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 5, 5)),
+    (nn.Conv1d(3, 4, 3, padding=1), (2, 3, 6)),
+    (nn.Conv3d(2, 3, 2), (2, 2, 3, 4, 3)),
+    (nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1), (2, 3, 4, 4)),
+    (nn.ConvTranspose2d(4, 6, (2, 3), stride=(1, 2), groups=2, dilation=(2, 1)), (2, 4, 4, 4)),
+    (nn.Linear(5, 3), (2, 4, 5)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), LAYERS, ids=[str(layer) for layer, _ in LAYERS])
+def test_a_layer_is_a_product_of_matrices(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    net = nn.Sequential(copy.deepcopy(layer))
+    x = torch.randn(shape)
+    qmodel = qat.prepare(net, x, target=qat.load_target("onnxruntime-cpu"))
+    (found,) = quantized_layers(qmodel).values()
+    form = WeightMatrix(found.op, tuple(found.weight.shape))
+    unfolded = form.unfold(x)
+    weight = form.matrix(found.weight)
+    assert torch.equal(form.weight(weight), found.weight)
+    out = (unfolded.rows(unfolded.base) @ weight.transpose(1, 2)).transpose(0, 1).flatten(1) + layer.bias
+    wanted = layer(x)
+    wanted = wanted if isinstance(layer, nn.Linear) else wanted.movedim(1, -1)
+    torch.testing.assert_close(out, wanted.reshape(out.shape), rtol=1e-4, atol=1e-5)
+    other = torch.randn(shape)
+    second, cross = form.moments([(x[:1], other[:1]), (x[1:], other[1:])])
+    rows, others = unfolded.rows(unfolded.base).double(), form.unfold(other).rows(unfolded.base).double()
+    torch.testing.assert_close(second, rows.transpose(1, 2) @ rows, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(cross, (others - rows).transpose(1, 2) @ rows, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["activation", "natural"])
+@pytest.mark.parametrize(
+    ("kind", "scheme", "factor"),
+    [
+        (Residual, None, 0.6),
+        (Residual, PER_TENSOR, 0.6),
+        (Transposed, None, 0.8),
+        (Linears, None, 0.4),
+        (Linears, PER_GROUP, 0.4),
+    ],
+)
+def test_the_error_is_smaller_than_that_of_rounding_to_nearest(
+    kind: type[nn.Module], scheme: dict[str, Any] | None, factor: float, order: Any
+) -> None:
+    qmodel, data = make(kind, scheme)
+    wanted = float_output(qmodel, data)
+    before = output_error(qmodel, wanted, data)
+    with warnings.catch_warnings():
+        # a layer may keep its rounding, and says so
+        warnings.simplefilter("ignore", QuantizationWarning)
+        result = gptq(qmodel, [data], order=order, progress=False)
+    assert output_error(qmodel, wanted, data) < factor * before
+    check_rounded(qmodel, result, data)
+
+
+def test_training_goes_on() -> None:
+    qmodel, data = make(Residual)
+    gptq(qmodel, [data], progress=False)
+    assert trains(qmodel, data)
+
+
+def test_inputs_that_are_never_seen() -> None:
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+            self.last = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.layer(F.relu(x)))  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    data = torch.randn(64, 8) * torch.tensor([0.0, 0, 1, 1, 1, 1, 1, 1])
+    qmodel = calibrated(Half(), data)
+    before = weight_codes(qmodel)
+    gptq(qmodel, [data], progress=False)
+    # nothing is known of what reads them: they stay where they are
+    assert torch.equal(weight_codes(qmodel)["layer.weight"][:, :2], before["layer.weight"][:, :2])
+
+
+def test_a_constant_input_of_zero_keeps_every_weight() -> None:
+    qmodel, data = make(Linears)
+    before = weight_codes(qmodel)
+    gptq(qmodel, [torch.zeros_like(data)], progress=False)
+    assert torch.equal(weight_codes(qmodel)["first.weight"], before["first.weight"])
+
+
+def test_a_shared_weight_stays_rounded_to_nearest() -> None:
+    qmodel, data = make(Shared)
+    with pytest.warns(QuantizationWarning, match=r"'twice\.weight' is shared by 2 layers"):
+        result = gptq(qmodel, [data], progress=False)
+    assert [u.weights for u in result.units] == [("once.weight",)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "damping is 0.0; give a share in (0, 1)"),
+        ({"damping": 1.0}, "damping is 1.0; give a share in (0, 1)"),
+        ({"block_size": 0}, "block_size is 0; give a positive number"),
+        ({"order": "random"}, "order is 'random'; choose activation or natural"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
+    qmodel, data = make(Linears)
+    with pytest.raises(StateError) as caught:
+        gptq(qmodel, [data], progress=False, **options)
+    assert str(caught.value) == message
+
+
+def test_few_samples() -> None:
+    qmodel, data = make(Linears)
+    with pytest.warns(QuantizationWarning, match="gptq on 20 samples only, which it may fit and no others; 50 or more"):
+        gptq(qmodel, [data], samples=20, progress=False)
+
+
+def test_no_data() -> None:
+    qmodel, _ = make(Linears)
+    with pytest.raises(DataError, match="no calibration data; give at least one batch"):
+        gptq(qmodel, [])
