@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -12,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from qat.algorithms.restore import modes_restored
 from qat.errors import DataError, StateError
 from qat.graph.batches import first_samples, join_samples, model_inputs, sample_count
 from qat.graph.finite import refuse_nonfinite
 from qat.graph.prepared import PreparedModel
 from qat.graph.subgraph import constant_value
-from qat.quantizers import FLOAT, OBSERVE, QUANTIZE, FakeQuantize, Quantizer
+from qat.quantizers import FLOAT, OBSERVE, QUANTIZE, FakeQuantize
 
 #: samples that are kept for the verification of exports
 _KEPT = 16
@@ -63,7 +63,7 @@ def calibrate(
     if samples is not None and samples < 1:
         raise DataError(f"calibration on {samples} samples", "give a positive number")
     _check_values(qmodel)
-    with _restored(qmodel):
+    with modes_restored(qmodel):
         qmodel.eval()
         chosen = {
             name: q
@@ -90,23 +90,6 @@ def calibrate(
     qmodel.set_phase(QUANTIZE)
     qmodel.samples = kept
     return seen
-
-
-@contextmanager
-def _restored(qmodel: PreparedModel) -> Iterator[None]:
-    """Put back training modes, and the phases too where something goes wrong."""
-    modes = {module: module.training for module in qmodel.modules()}
-    quantizers = [module for module in modes if isinstance(module, Quantizer)]
-    phases = [quantizer.phase for quantizer in quantizers]
-    try:
-        yield
-    except BaseException:
-        for quantizer, phase in zip(quantizers, phases, strict=True):
-            quantizer.set_phase(phase)
-        raise
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _check_values(qmodel: PreparedModel) -> None:

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from qat.graph.prepared import PreparedModel
 
@@ -84,6 +84,28 @@ def _tensor_leaves(node: fx.Node, values: Mapping[fx.Node, str]) -> list[fx.Node
     return list(found)
 
 
+def call_node(root: nn.Module, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """Compute one node of a graph: an attribute, or a call.
+
+    Args:
+        root: The module whose attributes and submodules the graph names.
+        node: The node.
+        value_of: Gives the values of the nodes that it reads.
+    """
+    if node.op == "get_attr":
+        value: Any = root
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+    args = fx.node.map_arg(node.args, value_of)
+    kwargs = fx.node.map_arg(node.kwargs, value_of)
+    if node.op == "call_module":
+        return root.get_submodule(str(node.target))(*args, **kwargs)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
 def constant_value(prepared: PreparedModel, name: str) -> Tensor:
     """Compute a tensor that depends on parameters only, float32.
 
@@ -95,25 +117,10 @@ def constant_value(prepared: PreparedModel, name: str) -> Tensor:
     results: dict[fx.Node, Any] = {}
 
     def compute(node: fx.Node) -> Any:
-        if node in results:
-            return results[node]
-        if node.op == "get_attr":
-            value: Any = prepared
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
-        elif node.meta.get("quantizes") is not None:
-            value = compute(node.args[0])  # type: ignore[arg-type]
-        else:
-            args = fx.node.map_arg(node.args, compute)
-            kwargs = fx.node.map_arg(node.kwargs, compute)
-            if node.op == "call_module":
-                value = prepared.get_submodule(str(node.target))(*args, **kwargs)
-            elif node.op == "call_method":
-                value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            else:
-                value = node.target(*args, **kwargs)  # type: ignore[operator]
-        results[node] = value
-        return value
+        if node not in results:
+            quantizes = node.meta.get("quantizes") is not None
+            results[node] = compute(node.args[0]) if quantizes else call_node(prepared, node, compute)  # type: ignore[arg-type]
+        return results[node]
 
     with torch.no_grad():
         value = compute(nodes[prepared.opgraph.nodes[name]])

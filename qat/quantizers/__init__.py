@@ -14,6 +14,7 @@ from qat.quantizers.phases import (
     set_phase,
     unpack_frozen,
 )
+from qat.quantizers.rounding import LearnedRounding
 from qat.quantizers.static import fake_quantize
 from qat.quantizers.weight import WeightFakeQuantize
 
@@ -23,6 +24,7 @@ __all__ = [
     "QUANTIZE",
     "TRACK",
     "FakeQuantize",
+    "LearnedRounding",
     "Phase",
     "Quantizer",
     "WeightFakeQuantize",

@@ -11,9 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat import native, numerics
 from qat.encoding import Encoding
-from qat.errors import DataError, SchemeError, StateError
+from qat.errors import DataError, EncodingError, SchemeError, StateError
 from qat.observers import weight_range
 from qat.quantizers.base import Quantizer, tensor_range
+from qat.quantizers.rounding import LearnedRounding
 from qat.quantizers.static import fake_quantize, is_for_native
 from qat.scheme import Scheme
 
@@ -27,8 +28,8 @@ class WeightFakeQuantize(Quantizer):
 
     *The grid.* With the `minmax` observer the scale follows the weight: it is recomputed in every forward
     pass, and the buffers only hold that of the last `refresh`. With any other observer, and after
-    `load_encoding`, the grid is that of the buffers until the next `refresh`. `observing` and `tracking` mean
-    nothing to a weight.
+    `load_encoding` or `set_codes`, the grid is that of the buffers until the next `refresh`. `observing`
+    and `tracking` mean nothing to a weight.
 
     *Batch norm.* With `bn`, the weight that is quantized is `w * f`, `f = gamma / sqrt(running_var + eps)`
     for every output channel, and the module gets `fake_quantize(w * f) / f`: its output, normalized with the
@@ -70,6 +71,7 @@ class WeightFakeQuantize(Quantizer):
         self.groups = groups
         # in a tuple, so that it does not become a submodule
         self._bn: tuple[_BatchNorm, ...] = (bn,) if isinstance(bn, _BatchNorm) else ()
+        self._rounding: tuple[LearnedRounding, ...] = ()
 
     @staticmethod
     def _check(
@@ -157,6 +159,8 @@ class WeightFakeQuantize(Quantizer):
         """
         if not self.quantizing:
             return weight
+        if self._rounding:
+            return self._rounding[0].weight().to(weight.dtype)
         if self._is_for_native(weight):
             grid = None if self.follows else (self.scale, self.zero_point)
             return native.fake_quantize_weight(weight, self.rule, self._native_factor(), grid)
@@ -181,6 +185,82 @@ class WeightFakeQuantize(Quantizer):
             bn.weight, self._bn[0].running_var, bn.eps, GAMMA_FLOOR, self.channel_axis, self.groups
         )
 
+    # -- rounding that an algorithm chooses
+
+    @torch.no_grad()
+    def steps(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return a weight in steps of its grid, the size of a step, and the zero point, for algorithms that round.
+
+        Args:
+            weight: The float weight, `module.parametrizations.weight.original`.
+
+        Returns:
+            `w * f / scale`, `scale / f` and the zero point, float32, each in the shape of the weight.
+
+        Raises:
+            StateError: An observer's range was never set; the weight is named.
+        """
+        factor = self._spread_factor(weight)
+        folded = _fold(weight, factor)
+        scale, zero_point = (numerics.expand_to(v, folded, self.scheme.granularity) for v in self._grid(folded))
+        step = scale if factor is None else scale / factor
+        zero_point = zero_point.to(torch.float32)
+        return folded / scale, step.expand_as(folded), zero_point.expand_as(folded)
+
+    def learn_rounding(self, rounding: LearnedRounding | None) -> None:
+        """Let `forward` return the soft weight of `rounding` in the phase *quantizing*; None for its own again.
+
+        The rounding is referred to, not owned: it is no submodule and no part of the state.
+        """
+        self._rounding = () if rounding is None else (rounding,)
+
+    @torch.no_grad()
+    def set_codes(self, weight: Tensor, codes: Tensor, method: str) -> None:
+        """Give the float weight the values of these codes, and keep the grid as it is from now on.
+
+        Args:
+            weight: The float weight, `module.parametrizations.weight.original`, which is written.
+            codes: Integers in its shape, in the range of the scheme: what `codes(weight)` returns afterwards.
+            method: What chose them, for the provenance.
+
+        Raises:
+            EncodingError: Another shape, codes out of range, or codes that the dtype of the weight cannot hold; then
+                nothing has changed.
+        """
+        if codes.shape != weight.shape or int(codes.min()) < self.qmin or int(codes.max()) > self.qmax:
+            raise EncodingError(
+                f"codes of shape {tuple(codes.shape)} from {int(codes.min())} to {int(codes.max())} for {self.name!r} "
+                f"of shape {tuple(weight.shape)}",
+                f"give one in [{self.qmin}, {self.qmax}] for each weight",
+            )
+        factor = self._spread_factor(weight)
+        folded = _fold(weight, factor)
+        grid = self._grid(folded)
+        values = numerics.dequantize(codes, *grid, self.scheme.granularity)
+        written = (values if factor is None else values / factor).to(weight.dtype)
+        again = numerics.quantize(_fold(written, factor), *grid, self.qmin, self.qmax, self.scheme.granularity)
+        if not torch.equal(again, codes.to(torch.int32)):
+            raise EncodingError(
+                f"{self.name!r} in {weight.dtype} cannot hold its codes", "convert the model to float32 first"
+            )
+        new = dict(zip((self.scale, self.zero_point), grid, strict=True))
+        if self.follows:
+            new |= zip((self.min_val, self.max_val), tensor_range(folded, self.scheme.granularity), strict=True)
+        for buffer, value in new.items():
+            buffer.copy_(value.reshape(buffer.shape))
+        weight.copy_(written)
+        self._note("ptq", method, has_range=self.follows or self._has_range, loaded=True)
+
+    def _is_rounded(self, weight: Tensor) -> bool:
+        """Tell whether the weight has the values of codes on the grid that the buffers keep."""
+        if not self._loaded:
+            return False
+        folded = _fold(weight, self._spread_factor(weight))
+        codes = numerics.quantize(folded, self.scale, self.zero_point, self.qmin, self.qmax, self.scheme.granularity)
+        values = numerics.dequantize(codes, self.scale, self.zero_point, self.scheme.granularity)
+        # the factor was divided out and multiplied in again
+        return torch.allclose(folded, values, rtol=1e-6, atol=0.0)
+
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Return the float weight to keep where a user assigns `module.weight`: the assigned one."""
         return weight
@@ -190,11 +270,14 @@ class WeightFakeQuantize(Quantizer):
         """Set the buffers from the float weight by the scheme's observer; warn of channels that are all zero.
 
         Call it when calibration ends, and where the grid does not follow the weight whenever the weight or
-        the statistics of the batch norm have moved.
+        the statistics of the batch norm have moved. A weight that `set_codes` has written, and that has not moved
+        since, keeps its grid.
 
         Raises:
             DataError: The weight, or its product with the factor, is not finite; it is named.
         """
+        if self._is_rounded(weight):
+            return
         low, high = weight_range(_fold(weight, self._spread_factor(weight)), self.scheme, self.name)
         self._set_range(low, high, "ptq", self.scheme.observer.name)
 

@@ -1,0 +1,173 @@
+"""GPTQ: weights are rounded column by column, and those that are left make up for the error so far.
+
+Source: Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (ICLR 2023),
+section 3; Frantar and Alistarh, "Optimal Brain Compression" (NeurIPS 2022), section 5.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from qat.algorithms.hessian import WeightMatrix
+from qat.algorithms.rounding import Rounding, UnitRounding, check_option, refuse_nonfinite, roundable, take_over
+from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
+from qat.algorithms.units import Layer, layer_units
+from qat.errors import QuantizationWarning
+from qat.graph.batches import sample_count
+from qat.graph.prepared import PreparedModel
+
+Order = Literal["activation", "natural"]
+
+#: how often damping is multiplied by ten where the second moments are singular all the same
+_TRIALS = 4
+
+
+def gptq(
+    qmodel: PreparedModel,
+    batches: Iterable[Any],
+    *,
+    damping: float = 0.01,
+    block_size: int = 128,
+    order: Order = "activation",
+    samples: int | None = None,
+    memory: int = DEFAULT_MEMORY,
+    float_model: nn.Module | None = None,
+    progress: bool | None = None,
+) -> Rounding:
+    """Round the weights of a calibrated model so that each layer's output changes little, and fix them on their grids.
+
+    Layers are rounded in order; the inputs of each are those of the quantized path. The grids stay as they are.
+
+    Args:
+        qmodel: The calibrated model, which is changed: its weights become values of their grids.
+        batches: As for `calibrate`.
+        damping: Share of the mean diagonal of the second moments that is added to the diagonal.
+        block_size: Columns after which the error is spread over all the others; the result does not depend on it, but
+            for rounding.
+        order: Of the columns: `activation`, those with the largest inputs first, or `natural`.
+        samples: Take at most as many; None for all.
+        memory: Bytes for activations (see `gather`); fewer samples are taken where they do not fit.
+        float_model: The model that `qmodel` was made of, where its weights have been changed since.
+        progress: Show a progress bar; None for only on a terminal.
+
+    Returns:
+        The error of every layer before and after.
+
+    Raises:
+        DataError: No batch, one that does not fit, or not even one sample fits the memory.
+        StateError: The model was not calibrated, has no quantized weight, or an option is out of range.
+    """
+    check_option(0 < damping < 1, "damping", damping, "give a share in (0, 1)")
+    check_option(block_size >= 1, "block_size", block_size, "give a positive number")
+    check_option(order in ("activation", "natural"), "order", order, "choose activation or natural")
+    units = roundable(qmodel, layer_units(qmodel, "clamp"))
+    data = gather(qmodel, batches, samples=samples, memory=memory)
+    results: list[UnitRounding] = []
+
+    def visit(found: Visit) -> None:
+        refuse_nonfinite(found)
+        (layer,) = found.unit.layers
+        codes = _codes(found, layer, damping, block_size, order)
+        if codes is None:
+            error = found.error()
+            results.append(UnitRounding(found.unit.name, (layer.key,), error, error, kept=True))
+        else:
+            results.append(take_over(found, {layer.key: codes}, "gptq"))
+
+    sweep(qmodel, data, units, visit, float_model=float_model, progress=progress, title="gptq")
+    return Rounding("gptq", tuple(results), sum(sample_count(qmodel, inputs) for inputs in data))
+
+
+def _codes(visit: Visit, layer: Layer, damping: float, block_size: int, order: Order) -> Tensor | None:
+    """Return the codes of a layer's weight, int32, or None (with a warning) where it has no such solution."""
+    form = WeightMatrix(layer.op, tuple(layer.weight.shape))
+    steps, step, zero_point = layer.quantizer.steps(layer.weight)
+    weight, step, zero_point = (form.matrix(t).to(torch.float64) for t in (steps * step, step, zero_point))
+    moments = form.second_moments(inputs[0] for inputs in visit.quantized_inputs)
+    qmin, qmax = layer.quantizer.qmin, layer.quantizer.qmax
+
+    def nearest(column: Tensor, index: Tensor) -> Tensor:
+        s, z = pick(step, index), pick(zero_point, index)
+        return (torch.clamp(torch.round(column / s) + z, qmin, qmax) - z) * s
+
+    rounded = solve(weight, moments, nearest, damping=damping, block_size=block_size, order=order)
+    if rounded is None:
+        warnings.warn(
+            f"the inputs of {layer.name!r} are degenerate; {layer.key!r} stays rounded to nearest",
+            QuantizationWarning,
+            stacklevel=2,
+        )
+        return None
+    return form.weight((rounded / step).round() + zero_point).to(torch.int32)
+
+
+def pick(matrix: Tensor, index: Tensor) -> Tensor:
+    """Return one column of each of a batch of matrices: (G, R, K) and (G,) give (G, R)."""
+    return matrix.gather(2, index[:, None, None].expand(-1, matrix.shape[1], 1)).squeeze(2)
+
+
+def solve(
+    weight: Tensor,
+    moments: Tensor,
+    nearest: Callable[[Tensor, Tensor], Tensor],
+    *,
+    damping: float,
+    block_size: int,
+    order: Order,
+) -> Tensor | None:
+    """Round matrices W column by column so that `tr((Q - W) H (Q - W)^T)` stays small.
+
+    Args:
+        weight: (G, R, K), float64.
+        moments: H, (G, K, K), float64: second moments of the inputs.
+        nearest: Rounds a column, given as (G, R) and its number in each matrix, (G,).
+        damping: See `gptq`.
+        block_size: See `gptq`.
+        order: See `gptq`.
+
+    Returns:
+        Q, (G, R, K), or None where H is singular with all damping.
+    """
+    groups, _, columns = weight.shape
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    sequence = torch.arange(columns, device=weight.device).expand(groups, -1)
+    if order == "activation":
+        sequence = diagonal.argsort(dim=1, descending=True, stable=True)
+    weight = weight.gather(2, sequence[:, None, :].expand_as(weight)).clone()
+    moments = moments.gather(1, sequence[:, :, None].expand_as(moments))
+    moments = moments.gather(2, sequence[:, None, :].expand_as(moments))
+    factor = _inverse_factor(moments, damping)
+    if factor is None:
+        return None
+    rounded = torch.empty_like(weight)
+    for start in range(0, columns, block_size):
+        stop = min(start + block_size, columns)
+        errors = []
+        for k in range(start, stop):
+            rounded[:, :, k] = nearest(weight[:, :, k], sequence[:, k])
+            error = (weight[:, :, k] - rounded[:, :, k]) / factor[:, k, k, None]
+            weight[:, :, k:stop] -= error[:, :, None] * factor[:, None, k, k:stop]
+            errors.append(error)
+        weight[:, :, stop:] -= torch.stack(errors, 2) @ factor[:, start:stop, stop:]
+    return torch.empty_like(rounded).scatter_(2, sequence[:, None, :].expand_as(rounded), rounded)
+
+
+def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
+    """Return the upper Cholesky factor of the inverse of the damped moments."""
+    diagonal = moments.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    # inputs that are never seen: any code is as good as the nearest
+    mean = torch.where(mean > 0, mean, 1.0)
+    for trial in range(_TRIALS):
+        damped = moments + torch.diag_embed((mean * damping * 10**trial).expand_as(diagonal))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not bool(failed.any()):
+            inverse: tuple[Tensor, Tensor] = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not bool(inverse[1].any()):
+                return inverse[0]
+    return None
