@@ -1,7 +1,7 @@
 """Bias correction: the mean error that quantization adds to each output channel of a layer goes into its bias.
 
-Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction" (ICCV 2019), section 4.2 and
-appendix D.
+Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction" (ICCV 2019), section 4.2
+and appendix D.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def correct_bias(
         qmodel: The calibrated model, which is changed.
         batches: As for `qat.calibrate`; not needed for `analytic`.
         method: `empirical`: layer by layer, the mean difference between the outputs of the float and of the quantized
-            model, with all that quantization has done before the layer. `analytic`: `-(Q(w) - w) E[x]`, the error of the
-            weights alone, with the mean that the batch norm and the ReLU before the layer promise; no data.
+            model, with all that quantization has done before the layer. `analytic`: `-(Q(w) - w) E[x]`, the error of
+            the weights alone, with the mean that the batch norm and the ReLU before the layer promise; no data.
         samples: Take at most as many; None for all.
         memory: Bytes for activations (see `qat.algorithms.sweep.gather`).
         float_model: The model that `qmodel` was made of, where its weights have been changed since.
@@ -131,7 +131,7 @@ class _Work:
         weight = layer.weight.detach()
         error = (layer.quantizer(weight) - weight).to(torch.float64)
         inputs, outputs = group_indices(layer.op, tuple(weight.shape))
-        taps = error.flatten(2).sum(2) if error.dim() > 2 else error  # noqa: PLR2004 - no taps
+        taps = error.flatten(2).sum(2) if error.dim() > 2 else error
         moved = torch.zeros(bias.numel(), dtype=torch.float64)
         moved.scatter_add_(0, outputs.reshape(-1), (taps * mean[inputs]).reshape(-1))
         if layer.norm is not None:

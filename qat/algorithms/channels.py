@@ -1,9 +1,9 @@
 """Which channels of which tensors may be scaled together without changing what a model computes.
 
 A positive factor of a channel passes through everything that is positively homogeneous: ReLU, leaky ReLU, pooling, zero
-padding, interpolation, additions (of both operands), concatenations and movements. It is given where an affine
-operator writes the channel (the rows of a weight and the bias, or gamma and beta of a norm) and taken back where weighted operators
-read it (the columns of their weights). `channel_groups` finds the sets of channels that such a factor connects.
+padding, interpolation, additions (of both operands), concatenations and movements. It is given where an affine operator
+writes the channel (the rows of a weight and the bias, or gamma and beta of a norm) and taken back where weighted
+operators read it (the columns of their weights). `channel_groups` finds the sets of channels that such a factor connects.
 Channels that anything else reads or writes are *pinned*: their factor is 1.
 """
 
@@ -213,7 +213,7 @@ class _Finder:
             else:
                 self.pin(source)
         self.pin(*op.tensors[1:])
-        bias = op.inputs[2] if len(op.inputs) > 2 else None  # noqa: PLR2004 - x, weight, bias
+        bias = op.inputs[2] if len(op.inputs) > 2 else None
         if bias is not None and (not isinstance(bias, ParamRef) or bias.key in self.shared):
             return
         self.write(op, wanted, tuple(p for p in (weight, bias) if isinstance(p, ParamRef)))
@@ -308,7 +308,8 @@ class _Finder:
         return None
 
     def node_of(self, op: GraphOp) -> fx.Node:
-        return self.nodes[op.node]
+        found: fx.Node = self.nodes[op.node]
+        return found
 
     # -- the result
 
@@ -323,6 +324,4 @@ class _Finder:
             roots = torch.where(touched[roots], roots, 0)
         _, groups = torch.unique(torch.cat([torch.zeros(1, dtype=roots.dtype), roots]), return_inverse=True)
         groups = groups[1:]
-        return ChannelGroups(
-            self.tensors, groups, int(groups.max()) + 1, tuple(self.writers), tuple(self.readers)
-        )
+        return ChannelGroups(self.tensors, groups, int(groups.max()) + 1, tuple(self.writers), tuple(self.readers))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qat.algorithms.channels import ChannelGroups, channel_groups, group_indices
 from qat.algorithms.noise import NoisyLayer, NoisyTensor, least_noise_factors
-from qat.algorithms.rewrite import in_float, same_function, scale_channels
+from qat.algorithms.rewrite import in_float, refuse_calibrated, same_function, scale_channels
 from qat.algorithms.statistics import ChannelStatistics, channel_statistics
 from qat.errors import DataError, StateError
 from qat.graph.opgraph import GraphOp
@@ -82,9 +82,7 @@ def equalize(
         raise StateError(f"unknown method of equalization {method!r}", f"choose one of {', '.join(get_args(Method))}")
     if not 0.0 <= strength <= 1.0:
         raise DataError(f"strength {strength} of the equalization is outside [0, 1]", "AMCT allows 0.2 to 0.8")
-    ready = next((n for n, q in qmodel.activation_quantizers().items() if q.ready and q.fixed is None), None)
-    if ready is not None:
-        raise StateError(f"{ready!r} has a range already, which equalization would make wrong", "equalize first")
+    refuse_calibrated(qmodel, "equalization")
     groups = channel_groups(qmodel)
     before = after = None
     if method == "weights":
@@ -181,7 +179,7 @@ def _axes(qmodel: PreparedModel, groups: ChannelGroups) -> dict[str, int]:
     wanted |= {op.tensors[0] for op in qmodel.opgraph.ops.values() if op.weight is not None and op.tensors}
     for name, shape in qmodel.opgraph.shapes.items():
         # only where the batch comes first
-        if name not in wanted or len(shape) < 2 or shape[0] >= 0:  # noqa: PLR2004 - batch and channels
+        if name not in wanted or len(shape) < 2 or shape[0] >= 0:
             continue
         axes[name] = groups.tensors[name].axis if name in groups.tensors else 1
         if axes[name] == 0:
@@ -251,12 +249,14 @@ def noisy_layers(
         if factor is not None:
             spread = factor.detach().to("cpu", torch.float64)[outputs]
             weight = weight * spread.reshape(*spread.shape, *([1] * (weight.dim() - 2)))
-        taps = weight.flatten(2) if weight.dim() > 2 else weight[:, :, None]  # noqa: PLR2004 - no taps
+        taps = weight.flatten(2) if weight.dim() > 2 else weight[:, :, None]
         # with a batch norm it is its result that has the groups
         written = _batch_norm_output(qmodel, op) or op.name
         ids_in, ids_out = readers.get(op.name), writers.get(written)
         zeros = torch.zeros_like(inputs)
-        power = statistics[op.tensors[0]].square[inputs] if op.tensors[0] in statistics else torch.ones_like(taps[..., 0])
+        power = (
+            statistics[op.tensors[0]].square[inputs] if op.tensors[0] in statistics else torch.ones_like(taps[..., 0])
+        )
         output = statistics.get(written)
         layers.append(
             NoisyLayer(
@@ -295,5 +295,3 @@ def _grids(quantizer: WeightFakeQuantize | None, shape: torch.Size) -> Tensor:
 def _levels(scheme: Scheme) -> int:
     qmin, qmax = scheme.code_range
     return qmax - scheme.symmetric_zero_point if scheme.symmetric else (qmax - qmin) // 2
-
-

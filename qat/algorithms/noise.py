@@ -14,7 +14,7 @@ cross-layer equalization (Nagel et al., "Data-Free Quantization through Weight E
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,9 +67,7 @@ class NoisyLayer:
     levels: int
 
 
-def noise(
-    logs: Tensor, tensors: Sequence[NoisyTensor], layers: Sequence[NoisyLayer], gains: Tensor
-) -> Tensor:
+def noise(logs: Tensor, tensors: Sequence[NoisyTensor], layers: Sequence[NoisyLayer], gains: Tensor) -> Tensor:
     """Return the expected relative noise of all layers together.
 
     Args:

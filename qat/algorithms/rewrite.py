@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.algorithms.channels import ChannelGroups, group_indices
+from qat.errors import StateError
 from qat.graph.opgraph import GraphOp
 from qat.graph.prepared import PreparedModel
 from qat.quantizers import FLOAT, Quantizer
@@ -50,6 +51,17 @@ def _spread(op: GraphOp, weight: Tensor, values: Tensor, *, outputs: bool) -> Te
     return spread.reshape(*spread.shape, *([1] * (weight.dim() - 2)))
 
 
+def refuse_calibrated(qmodel: PreparedModel, what: str) -> None:
+    """Check that no activation has a range that a rewrite would make wrong.
+
+    Raises:
+        StateError: One has; it is named.
+    """
+    ready = next((n for n, q in qmodel.activation_quantizers().items() if q.ready and q.fixed is None), None)
+    if ready is not None:
+        raise StateError(f"{ready!r} has a range already, which {what} would make wrong", "do it before calibration")
+
+
 @contextmanager
 def in_float(qmodel: PreparedModel) -> Iterator[None]:
     """Let a model compute in float and in evaluation mode, and put its phases and modes back."""
@@ -81,7 +93,7 @@ def same_function(qmodel: PreparedModel, what: str) -> Iterator[list[str]]:
         A list that holds a message after the rewrite was undone.
     """
     before = {key: value.clone() for key, value in qmodel.float_state_dict().items()}
-    inputs = _random_inputs(qmodel)
+    inputs = random_inputs(qmodel)
     undone: list[str] = []
     wanted = _outputs(qmodel, inputs)
 
@@ -109,7 +121,8 @@ def _relative(found: Tensor, wanted: Tensor) -> float:
     return difference / scale if scale > 0.0 else difference
 
 
-def _random_inputs(qmodel: PreparedModel) -> tuple[Tensor, ...]:
+def random_inputs(qmodel: PreparedModel) -> tuple[Tensor, ...]:
+    """Return inputs of the model, always the same: normal floats, zeros and ones for integers."""
     generator = torch.Generator().manual_seed(0)
     batch = qmodel.plan.batch_size or 2
     device = next((p.device for p in qmodel.parameters()), torch.device("cpu"))

@@ -45,7 +45,7 @@ class _Sums:
         self.samples = 0
 
     def add(self, x: Tensor, axis: int) -> None:
-        rows = x.detach().movedim(axis, 1).flatten(2) if x.dim() > 2 else x.detach()[:, :, None]  # noqa: PLR2004
+        rows = x.detach().movedim(axis, 1).flatten(2) if x.dim() > 2 else x.detach()[:, :, None]
         low, high = (bound.to(torch.float64).cpu() for bound in torch.aminmax(rows, dim=2))
         values = rows.to(torch.float32)
         mean, square = values.mean(2).double().cpu(), values.square().mean(2).double().cpu()
