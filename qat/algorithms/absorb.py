@@ -4,8 +4,8 @@ A channel that never falls below c > 0 before its ReLU wastes the codes from 0 t
 layer that reads it adds W c to its own bias.
 
 Source: Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction" (ICCV 2019), section
-4.1.3. There c is beta - 3 |gamma| of the batch norm; here it is the smallest value that was seen, so nothing that was seen
-changes.
+4.1.3. There c is beta - 3 |gamma| of the batch norm; here it is the smallest value that was seen, so nothing that was
+seen changes.
 """
 
 from __future__ import annotations

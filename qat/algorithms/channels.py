@@ -3,8 +3,8 @@
 A positive factor of a channel passes through everything that is positively homogeneous: ReLU, leaky ReLU, pooling, zero
 padding, interpolation, additions (of both operands), concatenations and movements. It is given where an affine operator
 writes the channel (the rows of a weight and the bias, or gamma and beta of a norm) and taken back where weighted
-operators read it (the columns of their weights). `channel_groups` finds the sets of channels that such a factor connects.
-Channels that anything else reads or writes are *pinned*: their factor is 1.
+operators read it (the columns of their weights). `channel_groups` finds the sets of channels that such a factor
+connects. Channels that anything else reads or writes are *pinned*: their factor is 1.
 """
 
 from __future__ import annotations

@@ -69,8 +69,8 @@ def equalize(
             that read it the same range (Nagel et al., ICCV 2019, section 4.1), repeated until they stand still.
             `activations`: `a**strength / w**(1 - strength)` with the largest magnitudes of the activation and of the
             weights that read it (SmoothQuant, Xiao et al., ICML 2023, equation 4; AMCT's DMQ balancer).
-        strength: How much of the range goes from activations to weights (`activations`; AMCT: migration_strength, 0.2 to
-            0.8).
+        strength: How much of the range goes from activations to weights (`activations`; AMCT: migration_strength, 0.2
+            to 0.8).
         samples: Stop after this many samples; None for all.
         progress: Show a progress bar; None for only on a terminal.
 

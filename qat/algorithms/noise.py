@@ -1,15 +1,17 @@
 """The expected quantization noise of a model as a function of its channels' factors, and the factors with the least.
 
-A layer k reads channel c with the factor s_c taken out of the activation and put into its weight. With steps D = range /
-codes the noise that quantization adds to the layer's output, in relation to the power of that output, is
+A layer k reads channel c with the factor s_c taken out of the activation and put into its weight. With steps D = range
+/ codes the noise that quantization adds to the layer's output, in relation to the variance V_k of that output, is
 
-    activations:  sum_c (D_T s_c)^2 / 12  G_c / P_k         D_T = range of x_c / s_c over the channels of the tensor
-    weights:      sum_oc (d_o s_o / s_c)^2 / 12  E[x_c^2] / P_k     d_o = range of w_oc s_c / s_o over the weights that share a grid
+    activations:  sum_c (D_T s_c)^2 / 12  G_c / V_k
+    weights:      sum_oc (d_o s_o / s_c)^2 / 12  E[x_c^2] / V_k
 
-with G_c = sum_o w_oc^2, P_k = sum_c G_c E[x_c^2]; s_o are the factors of its own output. The sum over all layers is
-minimised over log s by gradient descent. This is a method of this project. Its extreme cases are known: weights alone give
-cross-layer equalization (Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction", ICCV
-2019), activations of a layer norm against weights SmoothQuant (Xiao et al., ICML 2023) and AMCT's DMQ.
+where D_T comes from the range of x_c / s_c over the channels of the tensor, d_o from that of w_oc s_c / s_o over the
+weights that share a grid, G_c = sum_o w_oc^2, and s_o are the factors of the layer's own output. It is the variance and
+not the mean square, because what is the same for all inputs tells the network nothing. The sum over all layers is
+minimised over log s by gradient descent. This is a method of this project. Its extreme cases are known: weights alone
+give cross-layer equalization (Nagel et al., "Data-Free Quantization through Weight Equalization and Bias Correction",
+ICCV 2019), activations of a layer norm against weights SmoothQuant (Xiao et al., ICML 2023) and AMCT's DMQ.
 """
 
 from __future__ import annotations
@@ -133,7 +135,7 @@ def least_noise_factors(
             break
         optimizer.zero_grad()
         # noises differ by orders of magnitude between models and layers
-        value.log().backward()
+        torch.autograd.backward(value.log())
         optimizer.step()
         schedule.step()
     return best.exp(), first, best_noise

@@ -70,7 +70,7 @@ class _Watcher(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         name = self.names.get(n)
-        if name in self.axes and isinstance(value, Tensor) and value.numel():
+        if name is not None and name in self.axes and isinstance(value, Tensor) and value.numel():
             axis = self.axes[name]
             self.sums.setdefault(name, _Sums(value.shape[axis])).add(value, axis)
         return value
