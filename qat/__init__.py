@@ -1,7 +1,11 @@
 """`qat`: from a float PyTorch model to a verified integer one."""
 
+from qat.algorithms.absorb import absorb_high_bias
 from qat.algorithms.adaround import adaround
+from qat.algorithms.batch_norm import reestimate_batch_norm
+from qat.algorithms.bias import correct_bias
 from qat.algorithms.calibrate import calibrate
+from qat.algorithms.equalize import equalize
 from qat.algorithms.gptq import gptq
 from qat.algorithms.nuq import nuq
 from qat.algorithms.reconstruct import reconstruct
@@ -33,10 +37,13 @@ __all__ = [
     "Scheme",
     "Schemes",
     "Target",
+    "absorb_high_bias",
     "adaround",
     "calibrate",
     "compare",
     "convert",
+    "correct_bias",
+    "equalize",
     "export_onnx",
     "gptq",
     "load_target",
@@ -45,4 +52,5 @@ __all__ = [
     "plan",
     "prepare",
     "reconstruct",
+    "reestimate_batch_norm",
 ]

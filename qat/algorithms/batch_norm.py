@@ -22,6 +22,7 @@ class _Moments:
 
     def __init__(self, norm: _BatchNorm) -> None:
         self.norm, self.momentum = norm, norm.momentum
+        self.batches = None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone()
         self.sum, self.square = (torch.zeros(norm.num_features, dtype=torch.float64) for _ in range(2))
         self.count = 0
 
@@ -30,6 +31,11 @@ class _Moments:
         self.sum += rows.sum(1).cpu()
         self.square += rows.square().sum(1).cpu()
         self.count += rows.shape[1]
+
+    def release(self) -> None:
+        self.norm.momentum = self.momentum
+        if self.batches is not None and self.norm.num_batches_tracked is not None:
+            self.norm.num_batches_tracked.copy_(self.batches)
 
     def store(self) -> None:
         assert self.norm.running_mean is not None
@@ -87,7 +93,7 @@ def reestimate_batch_norm(
             for hook in hooks:
                 hook.remove()
             for found in moments.values():
-                found.norm.momentum = found.momentum
+                found.release()
         if not seen:
             raise DataError("no data for the batch norms", "give at least one batch")
         for found in moments.values():

@@ -126,7 +126,7 @@ def least_noise_factors(
     best, best_noise, first = logs.detach().clone(), float("inf"), 0.0
     for step in range(steps + 1):
         value = noise(logs * free, tensors, layers, gains)
-        current = float(value)
+        current = float(value.detach())
         if step == 0:
             first = current
         if current < best_noise:

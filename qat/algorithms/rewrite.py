@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from qat.algorithms.channels import ChannelGroups, group_indices
-from qat.errors import StateError
+from qat.algorithms.restore import restored
+from qat.errors import QuantizationWarning, StateError
 from qat.graph.opgraph import GraphOp
 from qat.graph.prepared import PreparedModel
-from qat.quantizers import FLOAT, Quantizer
+from qat.quantizers import FLOAT
 
 #: share of the outputs' root mean square by which rounding may change them
 _TOLERANCE = 1e-3
@@ -65,18 +66,10 @@ def refuse_calibrated(qmodel: PreparedModel, what: str) -> None:
 @contextmanager
 def in_float(qmodel: PreparedModel) -> Iterator[None]:
     """Let a model compute in float and in evaluation mode, and put its phases and modes back."""
-    modes = {module: module.training for module in qmodel.modules()}
-    quantizers = [module for module in modes if isinstance(module, Quantizer)]
-    phases = [quantizer.phase for quantizer in quantizers]
-    qmodel.eval()
-    qmodel.set_phase(FLOAT)
-    try:
+    with restored(qmodel):
+        qmodel.eval()
+        qmodel.set_phase(FLOAT)
         yield
-    finally:
-        for quantizer, phase in zip(quantizers, phases, strict=True):
-            quantizer.set_phase(phase)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager
@@ -112,7 +105,7 @@ def same_function(qmodel: PreparedModel, what: str) -> Iterator[list[str]]:
     if not error <= _TOLERANCE:
         restore()
         undone.append(f"{what} changed the outputs by {error:.2g} of their root mean square and was undone")
-        warnings.warn(undone[0], stacklevel=3)
+        warnings.warn(undone[0], QuantizationWarning, stacklevel=3)
 
 
 def _relative(found: Tensor, wanted: Tensor) -> float:
