@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qat.algorithms.sweep import Visit
+from qat.algorithms.unfolded import WeightMatrix
 
 
 def input_pairs(visit: Visit) -> Iterator[tuple[Tensor, Tensor]]:
@@ -23,6 +24,15 @@ def damp(moments: Tensor, damping: float) -> Tensor:
     # inputs that are never seen: any code is as good as the nearest
     mean = torch.where(mean > 0, mean, 1.0)
     return moments + torch.diag_embed((mean * damping).expand_as(diagonal))
+
+
+def correction_damping(visit: Visit, form: WeightMatrix, damping: float) -> float:
+    """Return a damping for `corrected` that grows where there are few samples for the weights of a row.
+
+    A linear layer behind a global pooling has one place a sample: its weights could fit the samples to the last digit.
+    """
+    places = sum(target.numel() for target in visit.targets) / form.outputs
+    return damping + form.columns / places
 
 
 def corrected(weight: Tensor, moments: Tensor, cross: Tensor, damping: float) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qat.algorithms.correction import corrected, damp, input_pairs
+from qat.algorithms.correction import corrected, correction_damping, damp, input_pairs
 from qat.algorithms.rounding import (
     Rounding,
     UnitRounding,
@@ -102,7 +102,7 @@ def _codes(visit: Visit, layer: Layer, damping: float, block_size: int, order: O
     weight, step, zero_point = (form.matrix(t).to(torch.float64) for t in (steps * step, step, zero_point))
     moments, cross = form.moments(input_pairs(visit))
     if correct:
-        weight = corrected(weight, moments, cross, damping)
+        weight = corrected(weight, moments, cross, correction_damping(visit, form, damping))
     qmin, qmax = layer.quantizer.qmin, layer.quantizer.qmax
 
     def nearest(column: Tensor, index: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qat.algorithms.correction import corrected, input_pairs
+from qat.algorithms.correction import corrected, correction_damping, input_pairs
 from qat.algorithms.feed import is_by_place, make_feed
 from qat.algorithms.rounding import check_option
 from qat.algorithms.sweep import Visit
@@ -143,7 +143,8 @@ def _corrected(visit: Visit, layer: Layer, steps: Tensor, step: Tensor) -> Tenso
     form = WeightMatrix(layer.op, tuple(layer.weight.shape))
     weight = form.matrix((steps * step).to(torch.float64))
     moments, cross = form.moments(input_pairs(visit))
-    return form.weight(corrected(weight, moments, cross, _DAMPING)).to(torch.float32) / step
+    damping = correction_damping(visit, form, _DAMPING)
+    return form.weight(corrected(weight, moments, cross, damping)).to(torch.float32) / step
 
 
 def _descend(
