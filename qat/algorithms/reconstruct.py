@@ -44,7 +44,7 @@ def reconstruct(
     beta_range: tuple[float, float] = (20.0, 2.0),
     warm_start: float = 0.2,
     seed: int = 0,
-    correct: bool = True,
+    correct: bool = False,
     samples: int | None = None,
     memory: int = DEFAULT_MEMORY,
     float_model: nn.Module | None = None,
