@@ -30,6 +30,7 @@ def adaround(
     beta_range: tuple[float, float] = (20.0, 2.0),
     warm_start: float = 0.2,
     seed: int = 0,
+    correct: bool = False,
     samples: int | None = None,
     memory: int = DEFAULT_MEMORY,
     float_model: nn.Module | None = None,
@@ -51,6 +52,8 @@ def adaround(
         beta_range: Its exponent at its start and at the end.
         warm_start: Share of the iterations before that term acts.
         seed: Of the choice of samples.
+        correct: First change the weights so that they make up for the error of what the layer reads, as `gptq` does;
+            codes may then be further than a step from the weight. False: the original algorithm.
         samples: Take at most as many; None for all.
         memory: Bytes for activations (see `gather`); fewer samples are taken where they do not fit.
         float_model: The model that `qmodel` was made of, where its weights have been changed since.
@@ -66,7 +69,9 @@ def adaround(
         CheckpointError: The checkpoint is damaged, or of another model, other data or other options.
         OutputError: The checkpoint cannot be written.
     """
-    learning = Learning(iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, seed=seed)
+    learning = Learning(
+        iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, seed=seed, correct=correct
+    )
     learning.check()
     units = roundable(qmodel, layer_units(qmodel, "clamp"))
     return reconstruct_units(

@@ -32,7 +32,7 @@ def make_feed(
         seed: Of both.
         quantize: Fake-quantizes in place of a node's module: (node, what it reads) -> result or None.
     """
-    kind = PlaceFeed if _is_by_place(visit) else SampleFeed
+    kind = PlaceFeed if is_by_place(visit) else SampleFeed
     return kind(visit, size, drop, seed, quantize)
 
 
@@ -148,7 +148,7 @@ class SampleFeed(_Feed):
         return inputs, self.target[rows]
 
 
-def _is_by_place(visit: Visit) -> bool:
+def is_by_place(visit: Visit) -> bool:
     """Whether a unit is one layer and what acts on each place of its output for itself."""
     unit = visit.unit
     if len(unit.layers) != 1 or len(unit.inputs) != 1:

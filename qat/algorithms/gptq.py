@@ -7,12 +7,13 @@ section 3; Frantar and Alistarh, "Optimal Brain Compression" (NeurIPS 2022), sec
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from qat.algorithms.correction import corrected, correction_damping, damp, input_pairs
 from qat.algorithms.rounding import (
     Rounding,
     UnitRounding,
@@ -101,7 +102,7 @@ def _codes(visit: Visit, layer: Layer, damping: float, block_size: int, order: O
     weight, step, zero_point = (form.matrix(t).to(torch.float64) for t in (steps * step, step, zero_point))
     moments, cross = form.moments(input_pairs(visit))
     if correct:
-        weight = weight + weight @ cross @ torch.linalg.inv(damp(moments, damping))
+        weight = corrected(weight, moments, cross, correction_damping(visit, form, damping))
     qmin, qmax = layer.quantizer.qmin, layer.quantizer.qmax
 
     def nearest(column: Tensor, index: Tensor) -> Tensor:
@@ -117,21 +118,6 @@ def _codes(visit: Visit, layer: Layer, damping: float, block_size: int, order: O
         )
         return None
     return form.weight((rounded / step).round() + zero_point).to(torch.int32)
-
-
-def input_pairs(visit: Visit) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield what a unit's layer reads in the quantized and in the float path, batch by batch."""
-    for quantized, reference in zip(visit.quantized_inputs, visit.float_inputs, strict=True):
-        yield quantized[0], reference[0]
-
-
-def damp(moments: Tensor, damping: float) -> Tensor:
-    """Add a share of the mean diagonal to the diagonal of each of a batch of matrices."""
-    diagonal = moments.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    # inputs that are never seen: any code is as good as the nearest
-    mean = torch.where(mean > 0, mean, 1.0)
-    return moments + torch.diag_embed((mean * damping).expand_as(diagonal))
 
 
 def pick(matrix: Tensor, index: Tensor) -> Tensor:

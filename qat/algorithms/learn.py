@@ -14,11 +14,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from qat.algorithms.feed import make_feed
+from qat.algorithms.correction import corrected, correction_damping, input_pairs
+from qat.algorithms.feed import is_by_place, make_feed
 from qat.algorithms.rounding import check_option
 from qat.algorithms.sweep import Visit
+from qat.algorithms.unfolded import WeightMatrix
+from qat.algorithms.units import Layer
 from qat.quantizers import FakeQuantize, LearnedRounding
 from qat.quantizers.learned import fake_quantize_learned
+
+#: of the correction, as `gptq`'s
+_DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,8 @@ class Learning:
         drop: Probability with which an element of a quantized activation is replaced by its float value.
         scale_rate: Learning rate of the logarithms of the activations' scales; 0 leaves them as they are.
         seed: Of the choice of samples and elements.
+        correct: Learn the rounding of weights that make up for the error of what a single layer reads, in place of its
+            own (see `correction`); the codes may then be further from the weight than a step.
     """
 
     iterations: int
@@ -46,6 +54,7 @@ class Learning:
     drop: float = 0.0
     scale_rate: float = 0.0
     seed: int = 0
+    correct: bool = False
 
     def check(self) -> None:
         """Refuse options out of range.
@@ -111,6 +120,8 @@ def learn(visit: Visit, learning: Learning) -> Learned:
     roundings = {}
     for layer in visit.unit.layers:
         steps, step, zero_point = layer.quantizer.steps(layer.weight)
+        if learning.correct and is_by_place(visit):
+            steps = _corrected(visit, layer, steps, step)
         roundings[layer.key] = LearnedRounding(steps, step, zero_point, (layer.quantizer.qmin, layer.quantizer.qmax))
     scales = {path: _Scale(quantizer) for path, quantizer in _free(visit).items()} if learning.scale_rate else {}
     try:
@@ -125,6 +136,15 @@ def learn(visit: Visit, learning: Learning) -> Learned:
         {key: rounding.codes() for key, rounding in roundings.items()},
         {path: scale.value().detach() for path, scale in scales.items()},
     )
+
+
+def _corrected(visit: Visit, layer: Layer, steps: Tensor, step: Tensor) -> Tensor:
+    """Return the steps of the corrected weight."""
+    form = WeightMatrix(layer.op, tuple(layer.weight.shape))
+    weight = form.matrix((steps * step).to(torch.float64))
+    moments, cross = form.moments(input_pairs(visit))
+    damping = correction_damping(visit, form, _DAMPING)
+    return form.weight(corrected(weight, moments, cross, damping)).to(torch.float32) / step
 
 
 def _descend(

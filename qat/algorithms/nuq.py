@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qat.algorithms.gptq import input_pairs, pick, solve
+from qat.algorithms.correction import input_pairs
+from qat.algorithms.gptq import pick, solve
 from qat.algorithms.rounding import (
     Rounding,
     UnitRounding,

@@ -44,6 +44,7 @@ def reconstruct(
     beta_range: tuple[float, float] = (20.0, 2.0),
     warm_start: float = 0.2,
     seed: int = 0,
+    correct: bool = False,
     samples: int | None = None,
     memory: int = DEFAULT_MEMORY,
     float_model: nn.Module | None = None,
@@ -69,6 +70,7 @@ def reconstruct(
         beta_range: Its exponent at its start and at the end.
         warm_start: Share of the iterations before that term acts.
         seed: Of the choice of samples and elements.
+        correct: Layers that are in no block make up for the error of what they read, as in `adaround`.
         samples: Take at most as many; None for all.
         memory: Bytes for activations (see `gather`); fewer samples are taken where they do not fit.
         float_model: The model that `qmodel` was made of, where its weights have been changed since.
@@ -86,7 +88,7 @@ def reconstruct(
         OutputError: The checkpoint cannot be written.
     """
     learning = Learning(
-        iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, drop, scale_rate, seed
+        iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, drop, scale_rate, seed, correct
     )
     learning.check()
     units = roundable(qmodel, block_units(qmodel, blocks, "quantizer" if scale_rate else "clamp"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -31,6 +32,16 @@ class WeightMatrix:
     def groups(self) -> int:
         """Number of groups."""
         return int(self.op.attrs.get("groups", 1))
+
+    @property
+    def outputs(self) -> int:
+        """Number of output channels."""
+        return self.shape[1] * self.groups if self.op.kind == "conv_transpose" else self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Number of weights that an output channel has."""
+        return math.prod(self.shape) // self.outputs
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return a weight (or anything of its shape) as (groups, output channels, columns)."""

@@ -43,12 +43,24 @@ def test_the_error_is_smaller_than_that_of_rounding_to_nearest(
     with warnings.catch_warnings():
         # a layer may keep its rounding, and says so
         warnings.simplefilter("ignore", QuantizationWarning)
-        result = adaround(qmodel, [data], iterations=60, batch_size=8, learning_rate=0.05, progress=False)
+        result = adaround(
+            qmodel, [data], iterations=60, batch_size=8, learning_rate=0.05, correct=False, progress=False
+        )
     assert output_error(qmodel, wanted, data) < factor * before
     for key, codes in weight_codes(qmodel).items():
         low, high = (t.clamp(*ranges[key]) for t in (lowest[key], lowest[key] + 1))
         assert bool(((codes == low) | (codes == high)).all()), key
     check_rounded(qmodel, result, data)
+
+
+def test_correction_makes_up_for_what_a_layer_reads() -> None:
+    errors = {}
+    for correct in (False, True):
+        qmodel, data = make(Residual)
+        wanted = float_output(qmodel, data)
+        adaround(qmodel, [data], iterations=60, batch_size=8, learning_rate=0.05, correct=correct, progress=False)
+        errors[correct] = output_error(qmodel, wanted, data)
+    assert errors[True] < errors[False]
 
 
 def test_the_result_says_what_became_of_each_layer() -> None:

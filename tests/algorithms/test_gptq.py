@@ -14,6 +14,7 @@ from small_nets import Linears, Residual, Shared, Transposed, calibrated, make
 from torch import Tensor, nn
 
 import qat
+from qat.algorithms.correction import corrected
 from qat.algorithms.gptq import gptq, solve
 from qat.algorithms.unfolded import WeightMatrix
 from qat.algorithms.units import quantized_layers
@@ -185,3 +186,13 @@ def test_no_data() -> None:
     qmodel, _ = make(Linears)
     with pytest.raises(DataError, match="no calibration data; give at least one batch"):
         gptq(qmodel, [])
+
+
+def test_correction_is_the_damped_least_squares_solution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, q, f = (torch.randn(2, n, 6, dtype=torch.float64, generator=generator) for n in (3, 40, 40))
+    moments, cross = q.transpose(1, 2) @ q, (f - q).transpose(1, 2) @ q
+    found = corrected(weight, moments, cross, 0.1)
+    pull = 0.1 * moments.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    gradient = (found @ q.transpose(1, 2) - weight @ f.transpose(1, 2)) @ q + pull * (found - weight)
+    assert float(gradient.abs().max()) < 1e-9
