@@ -46,6 +46,7 @@ class ADMMObserver(BinnedObserver):
     about: ClassVar[str] = "scale by alternating least squares"
     source: ClassVar[str] = "MNN `ADMM`"
     gives_scale: ClassVar[bool] = True
+    looks_at_rows: ClassVar[bool] = True
 
     def _range_of_counts(
         self, negative: Tensor, positive: Tensor, edges: Tensor, low: Tensor, high: Tensor, scheme: Scheme

@@ -83,6 +83,7 @@ class Observer(nn.Module, ABC):
         source: Where the method comes from, likewise.
         order_dependent: The result depends on how the data was divided into batches and on their order.
         minimises_error: The range is meant to have the least squared quantization error.
+        looks_at_rows: Of a tensor that is at hand as a whole, the elements decide (`range_of_rows`), not counts.
         gives_scale: The method yields a scale. Its range is the one whose scale that is, for symmetric schemes, and
             may reach a little beyond what was observed.
         constant_is_exact: The range of a constant tensor is its value, whatever the method would say.
@@ -97,6 +98,7 @@ class Observer(nn.Module, ABC):
     source: ClassVar[str] = "qat"
     order_dependent: ClassVar[bool] = False
     minimises_error: ClassVar[bool] = False
+    looks_at_rows: ClassVar[bool] = False
     gives_scale: ClassVar[bool] = False
     constant_is_exact: ClassVar[bool] = True
 
@@ -164,8 +166,8 @@ class Observer(nn.Module, ABC):
             SchemeError: There is a contradiction.
         """
 
-    def range_of_rows(self, rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
-        """Return the range of a tensor that is at hand as a whole, by its elements; None where counts are all it takes.
+    def range_of_rows(self, rows: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+        """Return the range of a tensor that is at hand as a whole, by its elements; only where `looks_at_rows`.
 
         Args:
             rows: All that was observed, one row a channel, (R, K), finite.
@@ -174,7 +176,7 @@ class Observer(nn.Module, ABC):
         Returns:
             As `range`, (R,) each.
         """
-        return None
+        raise NotImplementedError(f"{type(self).__name__} chooses by what it has counted")
 
     def reductions(self) -> dict[str, Reduction]:
         """Declare how each buffer of several observers becomes that of one.

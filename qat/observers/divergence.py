@@ -63,6 +63,7 @@ class KLObserver(BinnedObserver):
             "mantissa_bits": Option(int, None, 0, 10, about="fineness of the bins of floats; 10, or 7 by channel"),
         }
     )
+    looks_at_rows: ClassVar[bool] = True
     about: ClassVar[str] = "least Kullback-Leibler divergence between the clipped and the quantized distribution"
     source: ClassVar[str] = "MNN `KL`; ACUITY `kl_divergence`"
     fineness: ClassVar[tuple[int, int]] = (10, 7)

@@ -52,7 +52,7 @@ def weight_range(weight: Tensor, scheme: Scheme, name: str) -> tuple[Tensor, Ten
     if granularity.kind == "per_channel":
         count = weight.shape[granularity.axis]
         whole = make_observer(scheme.observer, granularity, count, name)
-        if not whole.minimises_error and _state(whole) <= _STATE_AT_ONCE:
+        if not whole.minimises_error and not whole.looks_at_rows and _state(whole) <= _STATE_AT_ONCE:
             # as it lies in memory: rows would be a copy of a channels_last weight
             return _range(whole, weight, scheme)
         rows = weight.movedim(granularity.axis, 0).reshape(weight.shape[granularity.axis], -1)
@@ -97,8 +97,8 @@ def _range(observer: Observer, rows: Tensor, scheme: Scheme) -> tuple[Tensor, Te
     """Return what `observer` says of `rows`, (R, K), each bound of shape (R,)."""
     observer.to(rows.device).observe(rows)
     observer.finite_or_raise()
-    exact = observer.range_of_rows(rows, scheme)
-    low, high = (bound.reshape(-1) for bound in (observer.range(scheme) if exact is None else exact))
+    chosen = observer.range_of_rows(rows, scheme) if observer.looks_at_rows else observer.range(scheme)
+    low, high = (bound.reshape(-1) for bound in chosen)
     if not observer.minimises_error:
         return low, high
     least, most = (bound.reshape(-1).to(torch.float64) for bound in (observer.min_val, observer.max_val))

@@ -108,7 +108,8 @@ def _activate(activation: Activation, x: Tensor) -> Tensor:
 
 
 def _is_native(x: Tensor) -> bool:
-    return x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type) and native.runs_on(x.device)
+    # in this order: not every device has an autocast
+    return x.dtype == torch.float32 and native.runs_on(x.device) and not torch.is_autocast_enabled(x.device.type)
 
 
 def _has_native_norm(x: Tensor, norm: nn.Module) -> bool:
