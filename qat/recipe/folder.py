@@ -34,7 +34,7 @@ class StageRecord:
 
     Attributes:
         index: Position in the recipe.
-        kind: `train` or `calibrate`.
+        kind: Name of the stage: `train`, `calibrate`, or an algorithm.
         label: Row of the results table that it made: `float`, `PTQ` or `QAT`.
         checkpoint: File below the folder; for the quantized model the state of the prepared model.
         seconds: Wall time.

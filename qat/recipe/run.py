@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import qat
 from qat.errors import CheckFailedError, OutputError
@@ -21,7 +22,7 @@ from qat.recipe.folder import CHECKPOINTS, ENCODINGS, ONNX, PLAN, RunFolder, Run
 from qat.recipe.report import check_expectations, results_table
 from qat.recipe.schema import Recipe, Stage
 from qat.recipe.session import Session
-from qat.train.checkpoint import save_checkpoint
+from qat.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from qat.train.evaluate import evaluate
 
 
@@ -171,6 +172,12 @@ class _Run:
         if stage.calibrate is not None and self.qmodel is not None:
             seen = stages.calibrate(self.qmodel, self.session.data.calibration, stage.calibrate, quiet=self.quiet)
             self.say(f"calibrated on {seen} images")
+        elif stage.algorithm is not None and self.qmodel is not None:
+            images, reference = self.session.data.calibration, self._float_reference(index)
+            for line in stages.algorithm(
+                self.qmodel, images, stage.kind, stage.algorithm, reference, seed=self.recipe.seed, quiet=self.quiet
+            ):
+                self.say(line)
         elif stage.train is not None:
             distill = stage.train.distill is not None
             teacher = copy.deepcopy(self.model) if distill else None
@@ -181,11 +188,32 @@ class _Run:
             epochs = [r.to_json() for r in records]
         name = f"{CHECKPOINTS}/{index}-{stage.kind}-{label.lower()}.safetensors"
         save_checkpoint(self.folder.path / name, trained.state_dict(), {"stage": index, "label": label})
-        if self.qmodel is not None:
+        # before the first calibration there are neither ranges nor a quantized result
+        has_ranges = any(s.calibrate for s in self.recipe.stages[: index + 1])
+        if self.qmodel is not None and has_ranges:
             self.qmodel.encodings().save(self.folder.path / ENCODINGS)
         record = StageRecord(index, stage.kind, label, name, time.perf_counter() - start, epochs)
-        self._measure(label, trained)
+        if has_ranges or label == "float":
+            self._measure(label, trained)
         self._keep(stages=(*self.state.stages, record))
+
+    def _float_reference(self, index: int) -> nn.Module | None:
+        """Return the float model that stage `index` aims at: as the last stage left it that is meant to change it.
+
+        None: the model itself.
+        """
+        before = [s for s in self.state.stages if s.index < index]
+        if all(self.recipe.stages[s.index].defines_float or s.kind == "calibrate" for s in before):
+            return None
+        assert self.qmodel is not None
+        reference = copy.deepcopy(self.model)
+        defining = [s for s in before if s.label != "float" and self.recipe.stages[s.index].defines_float]
+        if defining:
+            qmodel = copy.deepcopy(self.qmodel)
+            place = self.folder.path / defining[-1].checkpoint
+            load_state(qmodel, load_checkpoint(place).tensors, str(place))
+            load_state(reference, qmodel.float_state_dict(), str(place))
+        return reference
 
     def _quantize(self) -> None:
         """Make the prepared model, before the first stage that needs it."""

@@ -7,11 +7,21 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
 
-VERSION = 1
+from qat.recipe.schema_base import NotNegative, Part, Positive, Share
+from qat.recipe.schema_ptq import (
+    ALIASES,
+    AbsorbPart,
+    AdaRoundPart,
+    AlgorithmPart,
+    BatchNormPart,
+    CorrectBiasPart,
+    EqualizePart,
+    GPTQPart,
+    NUQPart,
+    ReconstructPart,
+)
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+VERSION = 1
 
 
 def _or(kinds: str, convert: Callable[[Any], Any]) -> tuple[Any, Any]:
@@ -31,12 +41,6 @@ Size = Annotated[list[Positive], Field(min_length=2, max_length=2), _SIZE_SHORT[
 _NAME_SHORT = _or("string", lambda v: {"name": v} if isinstance(v, str) else v)
 _LIST_SHORT = _or("string", lambda v: [v] if isinstance(v, str) else v)
 _FLOAT_SHORT = _or("string", lambda v: {"float": True} if v == "float" else v)
-
-
-class Part(BaseModel):
-    """A part of a recipe: unknown keys are errors, values keep their types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class ModelPart(Part):
@@ -193,12 +197,16 @@ class TrainPart(Part):
 
 
 def _stage(value: Any) -> Any:
-    """Let a stage without options be written as its name alone, or with nothing behind the colon."""
+    """Let a stage without options be written as its name alone, or with nothing behind the colon, or by AMCT's name."""
     if isinstance(value, str):
-        return {value: {}}
-    if isinstance(value, dict):
-        return {k: {} if v is None else v for k, v in value.items()}
-    return value
+        value = {value: {}}
+    if not isinstance(value, dict):
+        return value
+    stages = {}
+    for key, options in value.items():
+        name, given = ALIASES.get(key, (key, {}))
+        stages[name] = {**given, **options} if isinstance(options, dict) else given if options is None else options
+    return stages
 
 
 class Stage(Part):
@@ -206,11 +214,30 @@ class Stage(Part):
 
     calibrate: CalibratePart | None = None
     train: TrainPart | None = None
+    equalize: EqualizePart | None = None
+    absorb_high_bias: AbsorbPart | None = None
+    correct_bias: CorrectBiasPart | None = None
+    reestimate_batch_norm: BatchNormPart | None = None
+    adaround: AdaRoundPart | None = None
+    reconstruct: ReconstructPart | None = None
+    gptq: GPTQPart | None = None
+    nuq: NUQPart | None = None
 
     @property
     def kind(self) -> str:
         """Name of the stage."""
         return next(iter(self.model_fields_set))
+
+    @property
+    def algorithm(self) -> AlgorithmPart | None:
+        """The part of a post-training algorithm."""
+        part = getattr(self, self.kind)
+        return part if isinstance(part, AlgorithmPart) else None
+
+    @property
+    def defines_float(self) -> bool:
+        """Whether later stages aim at the float model that this one leaves."""
+        return self.train is not None or (self.algorithm is not None and self.algorithm.defines_float)
 
     @model_serializer(mode="wrap")
     def _only(self, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

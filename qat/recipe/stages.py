@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import qat
-from qat.errors import CheckpointError, DataError, QatError, RecipeError, VerificationError
+from qat.algorithms.absorb import Absorption
+from qat.algorithms.bias import BiasCorrection
+from qat.algorithms.equalize import Equalization
+from qat.algorithms.nuq import NonUniform
+from qat.algorithms.rounding import Rounding
+from qat.errors import CheckpointError, DataError, QatError, QuantizationWarning, RecipeError, VerificationError
 from qat.export.difference import Level, Verification
 from qat.export.model import execute
 from qat.export.verify import ExportResult, session
@@ -23,6 +30,7 @@ from qat.graph.plan import Plan
 from qat.graph.prepared import PreparedModel
 from qat.recipe.convert import train_settings
 from qat.recipe.schema import CalibratePart, ModelPart, OnnxPart, Recipe, TrainPart
+from qat.recipe.schema_ptq import AlgorithmPart
 from qat.targets import Target
 from qat.torchvision import import_torchvision
 from qat.train.checkpoint import load_weights
@@ -158,6 +166,62 @@ def calibrate(qmodel: PreparedModel, split: Split, part: CalibratePart, *, quiet
     return qat.calibrate(
         qmodel, split.images(part.images), samples=part.images, only=part.only, progress=False if quiet else None
     )
+
+
+def algorithm(
+    qmodel: PreparedModel,
+    split: Split,
+    kind: str,
+    part: AlgorithmPart,
+    reference: nn.Module | None,
+    *,
+    seed: int,
+    quiet: bool,
+) -> Iterator[str]:
+    """Run a post-training algorithm of `qat` on calibration images; yield lines that tell what came of it.
+
+    Args:
+        qmodel: The model, which is changed.
+        split: Calibration images.
+        kind: Name of the stage and of the function.
+        part: Its options.
+        reference: The float model to aim at, where `qmodel` is not as it was any more.
+        seed: For what draws random numbers.
+        quiet: No progress bar.
+
+    Raises:
+        QatError: What the algorithm refuses.
+    """
+    function: Callable[..., Any] = getattr(qat, kind)
+    known = inspect.signature(function).parameters
+    extra = {"float_model": reference, "seed": seed}
+    options = part.options() | {key: value for key, value in extra.items() if key in known}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", QuantizationWarning)
+        result = function(
+            qmodel, split.images(part.images), samples=part.images, progress=False if quiet else None, **options
+        )
+    for warning in caught:
+        yield f"warning: {warning.message}"
+    yield f"{kind}: {summary(result)}"
+
+
+def summary(result: object) -> str:
+    """Return one line about the result of an algorithm."""
+    if isinstance(result, NonUniform):
+        result = result.rounding
+    if isinstance(result, Equalization):
+        noise = "" if result.noise_before is None else f", noise {result.noise_before:.3g} to {result.noise_after:.3g}"
+        return result.undone or f"{result.channels} channels scaled by up to {result.largest:.3g}{noise}"
+    if isinstance(result, Absorption):
+        return result.undone or f"{result.channels} channels of {len(result.layers)} layers"
+    if isinstance(result, BiasCorrection):
+        return f"{len(result.corrected)} layers corrected, {len(result.kept)} left, {len(result.skipped)} skipped"
+    if isinstance(result, Rounding):
+        kept = sum(unit.kept for unit in result.units)
+        return f"{len(result.units)} units on {result.samples} samples, {kept} left as they were"
+    assert isinstance(result, tuple)
+    return f"{len(result)} batch norms"
 
 
 def train(
