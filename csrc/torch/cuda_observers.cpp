@@ -75,36 +75,10 @@ void observe_histogram(Tensor x, Tensor counts, Tensor low, Tensor high, Tensor 
   });
 }
 
-// Two passes over memory: a block has no room for both the counters and the work of quantization.
-std::tuple<Tensor, Tensor> fake_quantize_histogram_forward(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin,
-                                                           int64_t qmax, Tensor counts, Tensor low, Tensor high,
-                                                           Tensor nonfinite, int64_t mantissa_bits, bool with_mask) {
-  const Device device(x);
-  check_values(x, "x", device.index);
-  const qat::Range range = code_range(qmin, qmax);
-  const qat::HistogramOut out = histogram_state(counts, low, high, nonfinite, 1, mantissa_bits, device.index);
-  const Tensor s = grid_values(scale, "scale", 1, x), z = grid_values(zero_point, "zero_point", 1, x);
-  const Tensor y = torch::stable::empty_like(x), bits = new_bits(x, with_mask);
-  if (x.numel() == 0) return {y, bits};
-  const Tensor from = dense(x, y);
-  const qat::Layout layout = layout_of(from, -1);
-  by_type(x, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* const data = static_cast<const T*>(from.const_data_ptr());
-    check_launch(qat::cuda::observe_histogram<T>(data, layout, out, device.stream), "observe_histogram");
-    check_launch(qat::cuda::fake_quantize<T>(data, static_cast<T*>(y.mutable_data_ptr()),
-                                             bits_or_null(bits, with_mask), layout, s.const_data_ptr<float>(),
-                                             z.const_data_ptr<float>(), range, {}, device.stream),
-                 "fake_quantize_histogram_forward");
-  });
-  return {y, bits};
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CUDA, m) {
   m.impl("observe_minmax", TORCH_BOX(&observe_minmax));
   m.impl("observe_range", TORCH_BOX(&observe_range));
   m.impl("observe_histogram", TORCH_BOX(&observe_histogram));
-  m.impl("fake_quantize_histogram_forward", TORCH_BOX(&fake_quantize_histogram_forward));
 }

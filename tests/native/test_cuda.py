@@ -197,12 +197,6 @@ def test_histograms_of_the_finest_bins(machine: Machine, axis: int) -> None:
     machine.check("observe_histogram", x, *observed(3 if axis == 0 else 1, 2**19), axis, 10)
 
 
-def test_histogram_and_fake_quantization(machine: Machine) -> None:
-    x = torch.randn(3, 20_001)
-    grid = torch.tensor([0.03]), torch.tensor([5])
-    machine.check("fake_quantize_histogram_forward", x, *grid, 0, 255, *observed(1, 65536))
-
-
 @RELAXED
 @given(x=tensors(), momentum=st.sampled_from([None, 0.03]))
 @pytest.mark.parametrize("per_channel", [False, True])
