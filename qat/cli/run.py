@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from qat.cli.interrupt import noted_interrupts
 from qat.cli.options import Json, Overrides, Quiet, RecipeFile, SkipBad
 
 
@@ -33,16 +34,23 @@ def run(
     loaded = load_recipe(recipe, overrides or [])
     if resume and overwrite:
         raise typer.BadParameter("--resume and --overwrite exclude each other")
-    result = run_recipe(
-        loaded,
-        out,
-        resume=resume,
-        overwrite=overwrite,
-        skip_bad=skip_bad,
-        quiet=quiet or as_json,
-        say=_silent if quiet or as_json else print,
-        show=_silent if as_json else print,
-    )
+    with noted_interrupts() as check:
+
+        def say(line: str) -> None:
+            check()
+            if not (quiet or as_json):
+                print(line)
+
+        result = run_recipe(
+            loaded,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            skip_bad=skip_bad,
+            quiet=quiet or as_json,
+            say=say,
+            show=_silent if as_json else print,
+        )
     if as_json:
         print(json.dumps({"folder": str(result.folder), **result.state.to_json()}, indent=1))
 
