@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qat import numerics
-from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.least_squares_scale import alternate
 from qat.observers.linear import signed
+from qat.observers.options import Option
 from qat.observers.scales import code_sides, range_of_scale
 from qat.scheme import Scheme
 

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.divergence import KLObserver
 from qat.observers.histogram import HistogramObserver
 from qat.observers.ifmr import IFMRObserver
 from qat.observers.losses import LpObserver
+from qat.observers.options import Option
 from qat.observers.percentile import PercentileObserver
 from qat.scheme import Scheme
 

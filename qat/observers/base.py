@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -14,53 +13,11 @@ from torch import Tensor, nn
 
 from qat import native
 from qat.errors import DataError, SchemeError, StateError
+from qat.observers.channels import channel_count, finite_extrema
+from qat.observers.options import Option
 from qat.scheme import Granularity, Scheme
 
 Reduction = Literal["min", "max", "sum", "smallest", "largest"]
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option of an observer: its type, its default and the values that it may have.
-
-    Attributes:
-        kind: `float` (an int will do), `int` (a bool never does), `bool` or `str`.
-        default: The value when the option is not given; may be None: the observer chooses.
-        low: Smallest legal number.
-        high: Largest legal number.
-        low_open: `low` itself is not legal.
-        about: What it does, in a few words.
-        choices: The legal words of a `str`.
-    """
-
-    kind: type[float] | type[int] | type[bool] | type[str]
-    default: float | int | bool | str | None
-    low: float = -math.inf
-    high: float = math.inf
-    low_open: bool = False
-    about: str = ""
-    choices: tuple[str, ...] = ()
-
-    def describe(self) -> str:
-        """Return the legal values in words, such as `a number in (50, 100]`."""
-        if self.kind is bool:
-            return "true or false"
-        if self.kind is str:
-            return f"one of {', '.join(self.choices)}"
-        noun = "an integer" if self.kind is int else "a number"
-        return f"{noun} in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
-
-    def is_legal(self, value: object) -> bool:
-        """Tell whether the option may have this value."""
-        if value is None:
-            return self.default is None
-        if self.kind is str:
-            return value in self.choices
-        if isinstance(value, bool) or self.kind is bool:
-            return isinstance(value, bool) and self.kind is bool
-        if not isinstance(value, (int, float) if self.kind is float else int):
-            return False
-        return (self.low < value if self.low_open else self.low <= value) and value <= self.high
 
 
 class Observer(nn.Module, ABC):
@@ -396,66 +353,3 @@ _COMBINE: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "smallest": smallest_of,
     "largest": largest_of,
 }
-
-
-def channel_count(shape: Sequence[int], granularity: Granularity) -> int | None:
-    """Return how many ranges a tensor of this shape has: None for per-tensor, else channels or groups.
-
-    Groups run along the axis and the last may be shorter; their order is that of `qat.numerics.expand_to`.
-    """
-    if granularity.kind == "per_tensor":
-        return None
-    axis = granularity.axis % len(shape)
-    if granularity.kind == "per_channel":
-        return shape[axis]
-    groups = -(-shape[axis] // (granularity.size or 1))
-    return math.prod(shape[:axis]) * groups * math.prod(shape[axis + 1 :])
-
-
-def finite_extrema(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the smallest and the largest finite values, () or (C,), dtype of `x`, and the count of others.
-
-    Args:
-        x: A tensor that is not empty, of a float dtype.
-        granularity: What shares a range.
-
-    Returns:
-        Minima (inf where a channel has no finite value), maxima (-inf there), and the number of elements that
-        are nan or inf, int64 of shape (); None if there is none and that is known.
-    """
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # on the CPU a look at the result costs no synchronisation, and the plain reduction takes 1/50 of the
-        # masked one
-        low, high = _extrema(x, x, granularity)
-        if bool(torch.isfinite(low).all() & torch.isfinite(high).all()):
-            return low, high, None
-    finite = torch.isfinite(x)
-    low, high = _extrema(x.masked_fill(~finite, math.inf), x.masked_fill(~finite, -math.inf), granularity)
-    return low, high, (~finite).sum()
-
-
-def _extrema(for_min: Tensor, for_max: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    if granularity.kind == "per_tensor":
-        if for_min is for_max:
-            low, high = torch.aminmax(for_min)
-            return low, high
-        return for_min.amin(), for_max.amax()
-    if granularity.kind == "per_channel":
-        axis = granularity.axis % for_min.dim()
-        others = [d for d in range(for_min.dim()) if d != axis]
-        # an empty list of dimensions would mean all of them
-        return (for_min.amin(others), for_max.amax(others)) if others else (for_min.clone(), for_max.clone())
-    return (
-        _grouped(for_min, granularity).amin(granularity.axis % for_min.dim() + 1).flatten(),
-        _grouped(for_max, granularity).amax(granularity.axis % for_max.dim() + 1).flatten(),
-    )
-
-
-def _grouped(x: Tensor, granularity: Granularity) -> Tensor:
-    """Split the group axis into (groups, size); a short last group is filled up with its last element."""
-    axis, size = granularity.axis % x.dim(), granularity.size or 1
-    missing = -x.shape[axis] % size
-    if missing:
-        last = x.narrow(axis, x.shape[axis] - 1, 1)
-        x = torch.cat([x, last.repeat_interleave(missing, dim=axis)], dim=axis)
-    return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])

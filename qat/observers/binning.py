@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from qat import native, numerics
-from qat.observers.base import Observer, Option, Reduction
+from qat.observers.base import Observer, Reduction
+from qat.observers.options import Option
 from qat.scheme import Granularity, Scheme
 
 _FLOAT32_MANTISSA = 23

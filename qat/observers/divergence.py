@@ -10,11 +10,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.observers.base import Option, Reduction
+from qat.observers.base import Reduction
 from qat.observers.binning import BinnedObserver
 from qat.observers.fallback import warn_of_fallback
 from qat.observers.kl import kl_threshold
 from qat.observers.linear import in_use, linear_counts, signed, without_tiny
+from qat.observers.options import Option
 from qat.scheme import Granularity, Scheme
 
 #: elements up to this magnitude are not counted

@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.linear import in_use, linear_counts, signed
+from qat.observers.options import Option
 from qat.scheme import Scheme
 
 #: of the elements, at least one: what a step cuts off

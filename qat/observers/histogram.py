@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from qat import native
-from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.clipping import least_error_range
+from qat.observers.options import Option
 from qat.scheme import Scheme
 
 

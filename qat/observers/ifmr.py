@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from qat.errors import SchemeError
-from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.density import Counts, Density, density_of, grid_errors
 from qat.observers.fallback import warn_of_fallback
 from qat.observers.linear import signed
+from qat.observers.options import Option
 from qat.observers.percentile import value_at
 from qat.observers.scales import code_sides, extent_of, range_of_scale
 from qat.scheme import Scheme

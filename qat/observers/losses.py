@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.clipping import least_error_range
 from qat.observers.density import Loss
+from qat.observers.options import Option
 from qat.scheme import Scheme
 
 #: how much better than min-max a range must be expected to be

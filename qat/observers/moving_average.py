@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from qat import native
-from qat.observers.base import Observer, Option
+from qat.observers.base import Observer
+from qat.observers.options import Option
 from qat.scheme import Scheme
 
 

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.linear import signed
+from qat.observers.options import Option
 from qat.scheme import Scheme
 
 

@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat.observers.base import Option
 from qat.observers.binning import BinnedObserver
 from qat.observers.density import Counts, density_of, scheme_errors
 from qat.observers.linear import signed
+from qat.observers.options import Option
 from qat.observers.percentile import value_at
 from qat.scheme import Scheme
 

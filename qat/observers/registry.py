@@ -11,7 +11,7 @@ from qat.errors import SchemeError
 from qat.observers.admm import ADMMObserver
 from qat.observers.aliases import ALIASES, Alias
 from qat.observers.auto import AutoObserver
-from qat.observers.base import Observer, Option
+from qat.observers.base import Observer
 from qat.observers.divergence import KLObserver
 from qat.observers.hfmg import HFMGObserver
 from qat.observers.histogram import HistogramObserver
@@ -19,6 +19,7 @@ from qat.observers.ifmr import IFMRObserver
 from qat.observers.losses import LpObserver, SQNRObserver
 from qat.observers.minmax import MinMaxObserver
 from qat.observers.moving_average import MovingAverageObserver
+from qat.observers.options import Option
 from qat.observers.percentile import PercentileObserver
 from qat.observers.refine import RefineObserver
 from qat.observers.samples import MaceObserver

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from qat.errors import DataError
-from qat.observers.base import Observer, Option, Reduction, largest_of, smallest_of
+from qat.observers.base import Observer, Reduction, largest_of, smallest_of
 from qat.observers.fallback import warn_of_fallback
+from qat.observers.options import Option
 from qat.scheme import Granularity, Scheme
 
 #: MACE's absolute distance, in the units of the tensor, by which a refined range must stay away from the other end

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from qat.observers.aliases import ALIASES
-from qat.observers.base import Option
+from qat.observers.options import Option
 from qat.observers.registry import OBSERVERS
 
 

@@ -10,7 +10,7 @@ from native_cases import make, same_bits, tensors
 from torch import Tensor
 
 from qat import native
-from qat.observers.base import finite_extrema
+from qat.observers.channels import finite_extrema
 from qat.quantizers import static
 from qat.scheme import PER_TENSOR, Granularity, int_type
 
