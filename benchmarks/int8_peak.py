@@ -22,7 +22,7 @@ from qat import native
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "native"))
 from int8_layers import Conv, QParams
 
-ROUNDS = 7
+ROUNDS = 15
 #: Seconds that one measurement takes at least.
 SLICE = 0.005
 
@@ -82,21 +82,20 @@ def _layer(shape: tuple[int, ...], batch: int) -> Conv:
     )
 
 
-def _seconds(layer: Conv, isa: str) -> float:
-    """Of one run, the best of several slices."""
+def _measure(layer: Conv, isa: str) -> tuple[float, float]:
+    """Return the seconds of one run and the products a second of one thread's peak, the best of several slices.
+
+    Slices of the two alternate, as a shared machine's clock moves.
+    """
     layer.run(isa, 1)
     repeats = max(2, int(SLICE / layer.run(isa, 2)[1]))
-    return min(layer.run(isa, repeats)[1] for _ in range(ROUNDS)) / repeats
-
-
-def _peak(isa: str) -> float:
-    """Products a second of one thread."""
-    best = float("inf")
+    seconds = peak = float("inf")
     for _ in range(ROUNDS):
+        seconds = min(seconds, layer.run(isa, repeats)[1] / repeats)
         start = time.perf_counter()
         products = torch.ops.qat._int8_peak(isa, 50_000)
-        best = min(best, (time.perf_counter() - start) / products)
-    return 1 / best
+        peak = min(peak, (time.perf_counter() - start) / products)
+    return seconds, 1 / peak
 
 
 def main() -> None:
@@ -122,9 +121,8 @@ def main() -> None:
                 layer = _layer(shape, batch)
                 height, width = layer.out_size
                 products = batch * height * width * outputs * kernel * kernel * inputs // groups
-                # the peak beside every layer, as a shared machine's clock moves
-                peak = _peak(isa) * threads
-                seconds = _seconds(layer, isa)
+                seconds, peak = _measure(layer, isa)
+                peak *= threads
                 fraction = products / seconds / peak
                 name = f"{kernel}x{kernel} {inputs}-{outputs} /{stride} {size}²" + (" depthwise" if groups > 1 else "")
                 print(f"| {name} | {count} | {seconds * 1e6:.1f} | {fraction:.2f} |")
