@@ -182,7 +182,7 @@ class Observer(nn.Module, ABC):
         self.count_samples(x)
 
     def count_samples(self, x: Tensor) -> None:
-        """Take note of a batch whose elements went into the buffers."""
+        """Note what there is to know of a batch besides its elements, which are in the buffers already: its rows."""
         self.samples += x.shape[0] if x.dim() else 1
 
     def _is_for_native(self, x: Tensor) -> bool:
