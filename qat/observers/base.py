@@ -95,7 +95,10 @@ class Observer(nn.Module, ABC):
         """
 
     def statistics(self) -> native.Statistics | None:
-        """Return the buffers that the native extension may change instead of `_update`; None where it may not."""
+        """Return the buffers that the native extension may change instead of `_update`; None where it may not.
+
+        A pass that does more than to observe changes them without `observe`, and calls `count_samples`.
+        """
         return None
 
     def _update_natively(self, x: Tensor) -> None:
