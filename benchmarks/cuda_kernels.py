@@ -46,6 +46,18 @@ def passes(dtype: torch.dtype) -> list[dict[str, object]]:
     bits = ops.fake_quantize_forward(x, one, zero, -128, 127)[1]
     counts, nonfinite = (torch.zeros(n, dtype=torch.int64, device="cuda") for n in (65536, 1))
     low, high = one.clone(), one.clone()
+    state, grid = (low, high, nonfinite), (one, zero, -128, 127)
+
+    def both(counts: torch.Tensor | None) -> object:
+        return ops.fake_quantize_observe(x, *grid, -1, *state, counts, 7, None, True)
+
+    def apart(counts: torch.Tensor | None) -> object:
+        if counts is None:
+            ops.observe_range(x, *state)
+        else:
+            ops.observe_histogram(x, counts, *state)
+        return ops.fake_quantize_forward(x, *grid)
+
     size, mask = x.numel() * x.element_size(), bits.numel()
     last = x.contiguous(memory_format=torch.channels_last)
     calls: dict[str, tuple[int, Call]] = {
@@ -56,7 +68,10 @@ def passes(dtype: torch.dtype) -> list[dict[str, object]]:
             2 * size + mask,
             lambda: ops.fake_quantize_forward(last, many, zeros, -128, 127, 1),
         ),
-        "and observe": (2 * size + mask, lambda: ops.fake_quantize_observe_forward(x, one, zero, -128, 127)),
+        "and range": (2 * size + mask, lambda: both(None)),
+        "and range, two operators": (3 * size + mask, lambda: apart(None)),
+        "and histogram": (2 * size + mask, lambda: both(counts)),
+        "and histogram, two operators": (3 * size + mask, lambda: apart(counts)),
         "backward": (2 * size + mask, lambda: ops.fake_quantize_backward(grad, bits, x.stride())),
         "min and max": (size, lambda: ops.observe_minmax(x)),
         "histogram": (size, lambda: ops.observe_histogram(x, counts, low, high, nonfinite)),

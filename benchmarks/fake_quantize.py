@@ -1,5 +1,6 @@
 """Fake quantization, forward and backward, and observation: native, in PyTorch, and a plain copy of the same tensor.
 
+"apart / native" is what two operators take, one that observes and one that quantizes, over the one that does both.
 The last table has the weights of mobilenet_v2 with their batch norms, all 52 together: there the calls are what counts.
 
 Prints one table and writes JSON. All peers run in this process, in interleaved rounds; the numbers are medians. The
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -32,10 +34,12 @@ SHAPES = ((16, 96, 64, 64), (16, 144, 32, 32), (16, 960, 4, 4))
 
 
 def interleaved(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call."""
+    """Median milliseconds of each call, in changing order: a call may find in the cache what the one before it read."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    shuffled, order = list(calls.items()), random.Random(0)
     for turn in range(rounds + 2):
-        for name, call in calls.items():
+        order.shuffle(shuffled)
+        for name, call in shuffled:
             start = time.perf_counter()
             call()
             if turn >= 2:  # the first ones warm up
@@ -66,7 +70,7 @@ def in_pytorch(call: Callable[[], object]) -> Callable[[], object]:
     def run() -> object:
         kept = [vars(module)["is_for_native"] for module in modules]
         for module in modules:
-            vars(module)["is_for_native"] = lambda *_: False
+            vars(module)["is_for_native"] = lambda *_, **__: False
         try:
             return call()
         finally:
@@ -113,8 +117,9 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: 
     one = (torch.tensor(0.03), torch.tensor(128, dtype=torch.int32), 0, 255)
     many = (torch.rand(channels) * 0.05 + 0.01, torch.full((channels,), 128, dtype=torch.int32), 0, 255)
     observer = make_observer(ObserverSpec("histogram"), PER_TENSOR, None, "x")
-    counts, low, high = torch.zeros(65536, dtype=torch.int64), torch.tensor(torch.inf), torch.tensor(-torch.inf)
-    nonfinite = torch.zeros((), dtype=torch.int64)
+    ends, nonfinite = (torch.tensor(torch.inf), torch.tensor(-torch.inf)), torch.zeros((), dtype=torch.int64)
+    minmax = native.Statistics(*ends, nonfinite)
+    histogram = native.Statistics(*ends, nonfinite, torch.zeros(65536, dtype=torch.int64))
     observer._is_for_native = lambda _: False  # type: ignore[method-assign]
     tracking = FakeQuantize(Scheme(), "x")
     tracking.set_phase(TRACK)
@@ -133,8 +138,12 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: 
             "clone": x.clone,
             "forward native": lambda: native.fake_quantize(leaf, *one),
             "forward PyTorch": lambda: pytorch(leaf, one, None),
-            "forward and range native": lambda: native.fake_quantize_observe(leaf, *one),
-            "forward and range PyTorch": lambda: (pytorch(leaf, one, None), torch.aminmax(x)),
+            "forward and range native": lambda: native.fake_quantize_observe(leaf, *one, None, minmax),
+            "forward and range apart": lambda: (native.observe(x, minmax), native.fake_quantize(leaf, *one)),
+            "forward and range PyTorch": lambda: (torch.aminmax(x), pytorch(leaf, one, None)),
+            "forward and histogram native": lambda: native.fake_quantize_observe(leaf, *one, None, histogram),
+            "forward and histogram apart": lambda: (native.observe(x, histogram), native.fake_quantize(leaf, *one)),
+            "forward and histogram PyTorch": lambda: (observer.observe(x), pytorch(leaf, one, None)),
             "forward + backward native": step_native,
             "forward + backward PyTorch": gradient(lambda v: pytorch(v, one, None), leaf, upstream),
             "the same per channel native": step_channels,
@@ -145,7 +154,7 @@ def measure(shape: tuple[int, ...], memory_format: torch.memory_format, rounds: 
             "learned grid, step PyTorch": in_pytorch(step_learned),
             "range native": lambda: native.observe_minmax(x),
             "range PyTorch": lambda: torch.aminmax(x),
-            "histogram native": lambda: native.observe_histogram(x, counts, low, high, nonfinite),
+            "histogram native": lambda: native.observe(x, histogram),
             "histogram PyTorch": lambda: observer.observe(x),
         },
         rounds,
@@ -169,10 +178,11 @@ def main() -> None:
             times = measure(shape, memory_format, options.rounds)
             results.append({"shape": shape, "layout": name, "milliseconds": times})
             print(f"\n{'x'.join(map(str, shape))} {name}; copy {times['copy']:.2f} ms, clone {times['clone']:.2f} ms")
-            print(f"{'':28}{'native ms':>10}{'PyTorch / native':>18}{'native / copy':>15}")
+            print(f"{'':28}{'native ms':>10}{'PyTorch / native':>18}{'native / copy':>15}{'apart / native':>16}")
             for what in [key.removesuffix(" native") for key in times if key.endswith(" native")]:
                 ours, theirs = times[f"{what} native"], times[f"{what} PyTorch"]
-                print(f"{what:28}{ours:10.2f}{theirs / ours:18.1f}{ours / times['copy']:15.2f}")
+                apart = f"{times[f'{what} apart'] / ours:16.2f}" if f"{what} apart" in times else ""
+                print(f"{what:28}{ours:10.2f}{theirs / ours:18.1f}{ours / times['copy']:15.2f}{apart}")
     small = weights(options.rounds)
     results.append({"weights": "mobilenet_v2", "milliseconds": small})
     print("\nall weights of mobilenet_v2 with their batch norms")

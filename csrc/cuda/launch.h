@@ -43,6 +43,12 @@ cudaError_t move_averages(ExtremaOut batch, int64_t channels, double momentum, E
 template <class T>
 cudaError_t observe_histogram(const T* x, Layout layout, const HistogramOut& out, cudaStream_t stream);
 
+// `fake_quantize`, and `observe_histogram` of x; its extrema alone where `out` has no counts. Histograms by channel take a
+// second pass. y is not x.
+template <class T>
+cudaError_t fake_quantize_observe(const T* x, T* y, uint8_t* bits, Layout layout, const float* scale,
+                                  const float* zero_point, Range range, const HistogramOut& out, cudaStream_t stream);
+
 // ---- grids that follow the data
 
 // The grids of ranges; the zero points as numbers.

@@ -37,7 +37,8 @@ void fake_quantize(const Kernels& kernels, ParallelFor parallel, const T* x, T* 
 template <class T>
 void mask_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, const uint8_t* bits, T* out, int64_t n);
 
-// Writes the elements [begin, end), a block, before they are observed: while it is in the cache.
+// Writes the elements [begin, end), a block, or reads them for another purpose, before they are observed: while the block
+// is in the cache.
 struct BlockWriter {
   void (*write)(const void* context, int64_t begin, int64_t end) = nullptr;
   const void* context = nullptr;

@@ -3,16 +3,18 @@
 
 #include <tuple>
 
-#include "cuda.h"
+#include "cuda_observer_state.h"
 
 namespace {
 
 using namespace qat::ops;
 using namespace qat::ops::gpu;
 
+// Checks the grid and makes the result and its mask; run(from, to, bits, layout, scale, zero_point, range) launches
+// what fills them where there are elements.
+template <class Run>
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t qmin,
-                                   int64_t qmax, int64_t axis, bool with_mask, qat::ExtremaOut extrema,
-                                   cudaStream_t stream) {
+                                   int64_t qmax, int64_t axis, bool with_mask, const Run& run) {
   const qat::Range range = code_range(qmin, qmax);
   const int64_t count = channels_of(x, axis);
   const Tensor s = grid_values(scale, "scale", count, x), z = grid_values(zero_point, "zero_point", count, x);
@@ -21,11 +23,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scale, const T
   const Tensor from = dense(x, y);
   by_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    check_launch(qat::cuda::fake_quantize<T>(static_cast<const T*>(from.const_data_ptr()),
-                                             static_cast<T*>(y.mutable_data_ptr()), bits_or_null(bits, with_mask),
-                                             layout_of(from, axis), s.const_data_ptr<float>(),
-                                             z.const_data_ptr<float>(), range, extrema, stream),
-                 "fake_quantize_forward");
+    run(static_cast<const T*>(from.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()),
+        bits_or_null(bits, with_mask), layout_of(from, axis), s.const_data_ptr<float>(), z.const_data_ptr<float>(),
+        range);
   });
   return {y, bits};
 }
@@ -35,19 +35,31 @@ std::tuple<Tensor, Tensor> fake_quantize_forward(Tensor x, Tensor scale, Tensor 
   const Device device(x);
   check_values(x, "x", device.index);
   check_axis(x, axis);
-  return forward(x, scale, zero_point, qmin, qmax, axis, with_mask, {}, device.stream);
+  return forward(x, scale, zero_point, qmin, qmax, axis, with_mask,
+                 [&](const auto* from, auto* to, uint8_t* bits, const qat::Layout& layout, const float* s,
+                     const float* z, qat::Range range) {
+                   check_launch(qat::cuda::fake_quantize(from, to, bits, layout, s, z, range, {}, device.stream),
+                                "fake_quantize_forward");
+                 });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fake_quantize_observe_forward(Tensor x, Tensor scale,
-                                                                                 Tensor zero_point, int64_t qmin,
-                                                                                 int64_t qmax, int64_t axis,
-                                                                                 bool with_mask) {
+std::tuple<Tensor, Tensor> fake_quantize_observe(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax,
+                                                 int64_t axis, Tensor low, Tensor high, Tensor nonfinite,
+                                                 OptionalTensor counts, int64_t mantissa_bits,
+                                                 std::optional<double> momentum, bool with_mask) {
   const Device device(x);
   check_values(x, "x", device.index);
   check_axis(x, axis);
-  const ExtremaTensors extrema = new_extrema(x, axis, device.stream);
-  const auto [y, bits] = forward(x, scale, zero_point, qmin, qmax, axis, with_mask, extrema.out(), device.stream);
-  return {y, bits, extrema.low, extrema.high, extrema.nonfinite};
+  const Statistics statistics(device, x, axis, low, high, nonfinite, counts, mantissa_bits, momentum);
+  return forward(x, scale, zero_point, qmin, qmax, axis, with_mask,
+                 [&](const auto* from, auto* to, uint8_t* bits, const qat::Layout& layout, const float* s,
+                     const float* z, qat::Range range) {
+                   statistics.take([&](const qat::HistogramOut& out) {
+                     check_launch(qat::cuda::fake_quantize_observe(from, to, bits, layout, s, z, range, out,
+                                                                   device.stream),
+                                  "fake_quantize_observe");
+                   });
+                 });
 }
 
 Tensor fake_quantize_backward(Tensor grad, Tensor mask_bits, std::vector<int64_t> strides) {
@@ -70,6 +82,6 @@ Tensor fake_quantize_backward(Tensor grad, Tensor mask_bits, std::vector<int64_t
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CUDA, m) {
   m.impl("fake_quantize_forward", TORCH_BOX(&fake_quantize_forward));
-  m.impl("fake_quantize_observe_forward", TORCH_BOX(&fake_quantize_observe_forward));
+  m.impl("fake_quantize_observe", TORCH_BOX(&fake_quantize_observe));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
 }

@@ -14,8 +14,6 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace qat::ops::gpu {
 
-using OptionalTensor = std::optional<Tensor>;
-
 inline void check_cuda(const Tensor& tensor, const char* name, int32_t device) {
   check(tensor.is_cuda() && tensor.get_device_index() == device,
         std::string(name) + " is not on CUDA device " + std::to_string(device) + "; give tensors of one device");

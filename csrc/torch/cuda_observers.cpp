@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "cuda.h"
+#include "cuda_observer_state.h"
 
 namespace {
 
@@ -30,32 +30,12 @@ std::tuple<Tensor, Tensor, Tensor> observe_minmax(Tensor x, int64_t axis) {
   return {extrema.low, extrema.high, extrema.nonfinite};
 }
 
-ExtremaTensors state(const Tensor& low, const Tensor& high, const Tensor& nonfinite, int64_t channels,
-                     int32_t device) {
-  check_state(low, "low", ScalarType::Float, channels, device);
-  check_state(high, "high", ScalarType::Float, channels, device);
-  check_state(nonfinite, "nonfinite", ScalarType::Long, 1, device);
-  return {low, high, nonfinite};
-}
-
 void observe_range(Tensor x, Tensor low, Tensor high, Tensor nonfinite, int64_t axis, std::optional<double> momentum) {
   const Device device(x);
   check_values(x, "x", device.index);
   check_axis(x, axis);
-  const int64_t channels = channels_of(x, axis);
-  const qat::ExtremaOut out = state(low, high, nonfinite, channels, device.index).out();
-  if (!momentum.has_value()) return extrema_of(x, axis, out, device.stream);
-  const ExtremaTensors batch = new_extrema(x, axis, device.stream);
-  extrema_of(x, axis, batch.out(), device.stream);
-  check_launch(qat::cuda::move_averages(batch.out(), channels, *momentum, out, device.stream), "observe_range");
-}
-
-qat::HistogramOut histogram_state(const Tensor& counts, const Tensor& low, const Tensor& high, const Tensor& nonfinite,
-                                  int64_t channels, int64_t mantissa_bits, int32_t device) {
-  check_mantissa(mantissa_bits);
-  check_state(counts, "counts", ScalarType::Long, channels << (9 + mantissa_bits), device);
-  return {counts.mutable_data_ptr<int64_t>(), static_cast<int>(mantissa_bits),
-          state(low, high, nonfinite, channels, device).out()};
+  const Statistics statistics(device, x, axis, low, high, nonfinite, std::nullopt, 0, momentum);
+  statistics.take([&](const qat::HistogramOut& out) { extrema_of(x, axis, out.extrema, device.stream); });
 }
 
 void observe_histogram(Tensor x, Tensor counts, Tensor low, Tensor high, Tensor nonfinite, int64_t axis,

@@ -5,8 +5,6 @@
 
 namespace qat::ops {
 
-using OptionalTensor = std::optional<Tensor>;
-
 inline void check_float(const Tensor& x, const char* name) {
   check_cpu(x, name);
   check(x.scalar_type() == ScalarType::Float,

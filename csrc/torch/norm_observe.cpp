@@ -9,31 +9,6 @@ namespace {
 
 using namespace qat::ops;
 
-// Where the statistics of the result go: counts and range, a range, or its moving average.
-class Statistics {
- public:
-  Statistics(const Tensor& low, const Tensor& high, const Tensor& nonfinite, const OptionalTensor& counts,
-             int64_t mantissa_bits, std::optional<double> momentum)
-      : momentum_(momentum) {
-    check(!counts.has_value() || !momentum.has_value(), "a histogram has no momentum; give counts or momentum");
-    out_ = counts.has_value() ? histogram_state(*counts, low, high, nonfinite, 1, mantissa_bits)
-                              : qat::HistogramOut{nullptr, 0, state(low, high, nonfinite, 1).out()};
-  }
-
-  // Runs pass(out) and takes in what it found.
-  template <class Pass>
-  void take(const Tensor& x, const Pass& pass) const {
-    if (!momentum_.has_value()) return pass(out_);
-    const ExtremaTensors batch = new_extrema(x, -1);
-    pass(qat::HistogramOut{nullptr, 0, batch.out()});
-    move_range(batch.out(), *momentum_, 1, out_.extrema);
-  }
-
- private:
-  qat::HistogramOut out_{};
-  std::optional<double> momentum_;
-};
-
 // x, in the order of memory of y, which it may be.
 Tensor in_order_of(const Tensor& x, const Tensor& y, const char* name) {
   std::vector<int64_t> strides(static_cast<size_t>(y.dim()));
@@ -56,7 +31,7 @@ void norm_observe(Tensor x, OptionalTensor gamma, OptionalTensor beta, Tensor ru
   check_float(y, "y");
   check(x.dim() >= 2 && x.numel() > 0,
         "x of shape " + shape_of(x) + " has no channels or no elements; give (N, C, ...)");
-  const Statistics statistics(low, high, nonfinite, counts, mantissa_bits, momentum);
+  const Statistics statistics(x, -1, low, high, nonfinite, counts, mantissa_bits, momentum);
   const int64_t channels = x.size(1);
   const std::vector<float> weight = by_channel(gamma, "gamma", channels, 1.0f);
   const std::vector<float> bias = by_channel(beta, "beta", channels, 0.0f);
@@ -68,7 +43,7 @@ void norm_observe(Tensor x, OptionalTensor gamma, OptionalTensor beta, Tensor ru
     factor[c] = 1.0f / std::sqrt(variance[c] + static_cast<float>(eps)) * weight[c];
     shift[c] = bias[c] - mean[c] * factor[c];
   }
-  statistics.take(x, [&](const qat::HistogramOut& out) {
+  statistics.take([&](const qat::HistogramOut& out) {
     qat::norm_observe(kernels(), parallel, torch::stable::get_num_threads(), from.const_data_ptr<float>(),
                       y.mutable_data_ptr<float>(), layout_of(y, 1),
                       {factor.data(), shift.data(), range_of(low_bound, high_bound), nullptr, {0.0f, 1.0f}}, out);
@@ -80,10 +55,10 @@ void add_observe(Tensor x, Tensor other, double low_bound, double high_bound, Te
   check_float(x, "x");
   check_float(other, "other");
   check_float(y, "y");
-  const Statistics statistics(low, high, nonfinite, counts, mantissa_bits, momentum);
+  const Statistics statistics(x, -1, low, high, nonfinite, counts, mantissa_bits, momentum);
   const Tensor from = in_order_of(x, y, "x"), second = in_order_of(other, y, "other");
   if (x.numel() == 0) return;
-  statistics.take(x, [&](const qat::HistogramOut& out) {
+  statistics.take([&](const qat::HistogramOut& out) {
     qat::add_observe(kernels(), parallel, torch::stable::get_num_threads(), from.const_data_ptr<float>(),
                      second.const_data_ptr<float>(), y.mutable_data_ptr<float>(), y.numel(),
                      range_of(low_bound, high_bound), out);

@@ -27,13 +27,8 @@ std::tuple<Tensor, Tensor, Tensor> observe_minmax(Tensor x, int64_t axis) {
 void observe_range(Tensor x, Tensor low, Tensor high, Tensor nonfinite, int64_t axis, std::optional<double> momentum) {
   check_values(x, "x");
   check_axis(x, axis);
-  const int64_t channels = axis == -1 ? 1 : x.size(axis);
-  const qat::ExtremaOut out = state(low, high, nonfinite, channels).out();
-  if (!momentum.has_value()) return extrema_of(x, axis, out);
-  const ExtremaTensors batch = new_extrema(x, axis);
-  const qat::ExtremaOut found = batch.out();
-  extrema_of(x, axis, found);
-  move_range(found, *momentum, channels, out);
+  const Statistics statistics(x, axis, low, high, nonfinite, std::nullopt, 0, momentum);
+  statistics.take([&](const qat::HistogramOut& out) { extrema_of(x, axis, out.extrema); });
 }
 
 void observe_histogram(Tensor x, Tensor counts, Tensor low, Tensor high, Tensor nonfinite, int64_t axis,
@@ -55,8 +50,7 @@ void observe_histogram(Tensor x, Tensor counts, Tensor low, Tensor high, Tensor 
 std::tuple<Tensor, Tensor> clip_ranges(Tensor counts, Tensor low, Tensor high, int64_t mantissa_bits,
                                        double negative_weight, double margin, int64_t qmin, int64_t qmax,
                                        bool symmetric, int64_t middle, bool power_of_two) {
-  check(mantissa_bits >= 0 && mantissa_bits <= 10,
-        "mantissa_bits " + std::to_string(mantissa_bits) + " is outside [0, 10]; choose one of these");
+  check_mantissa(mantissa_bits);
   const int64_t channels = low.numel();
   check_state(counts, "counts", ScalarType::Long, channels << (9 + mantissa_bits));
   check_state(low, "low", ScalarType::Double, channels);

@@ -21,6 +21,7 @@ namespace qat::ops {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
 
 // Largest magnitude of a code for which float32 arithmetic on codes is exact.
 constexpr int64_t exact = int64_t{1} << 23;

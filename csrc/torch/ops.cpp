@@ -5,14 +5,15 @@
 #include <atomic>
 #include <cstdlib>
 
-#include "tensors.h"
+#include "../kernels/quantize_observe.h"
+#include "observer_state.h"
 
 namespace {
 
 using namespace qat::ops;
 
 // Raised with every change of an operator's schema or meaning; qat/native/loading.py names the one that it needs.
-constexpr int64_t interface_version = 6;
+constexpr int64_t interface_version = 7;
 
 // ---- instruction set
 
@@ -39,8 +40,11 @@ namespace {
 
 // ---- fake quantization
 
+// Checks the grid and makes the result and its mask; run(from, to, bits, layout, scale, zero_point, range) fills them
+// where there are elements.
+template <class Run>
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scale, const Tensor& zero_point, int64_t qmin,
-                                   int64_t qmax, int64_t axis, bool with_mask, const ExtremaTensors* extrema) {
+                                   int64_t qmax, int64_t axis, bool with_mask, const Run& run) {
   const qat::Range range = code_range(qmin, qmax);
   const int64_t count = axis == -1 ? 1 : x.size(axis);
   const std::vector<float> s = grid_values(scale, "scale", count, x);
@@ -49,17 +53,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& scale, const T
   const Tensor bits = new_cpu({with_mask ? (x.numel() + 7) / 8 : 0}, ScalarType::Byte);
   if (x.numel() == 0) return {y, bits};
   const Tensor from = dense(x, y);
-  const qat::Layout layout = layout_of(from, axis);
   uint8_t* const to = with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr;
-  std::optional<qat::ExtremaOut> out;
-  if (extrema != nullptr) out = extrema->out();
-  const auto run = [&](auto* type) {
+  by_type(x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    qat::fake_quantize<T>(kernels(), parallel, static_cast<const T*>(from.const_data_ptr()),
-                          static_cast<T*>(y.mutable_data_ptr()), to, layout, s.data(), z.data(), range,
-                          out ? &*out : nullptr);
-  };
-  by_type(x, run);
+    run(static_cast<const T*>(from.const_data_ptr()), static_cast<T*>(y.mutable_data_ptr()), to, layout_of(from, axis),
+        s.data(), z.data(), range);
+  });
   return {y, bits};
 }
 
@@ -67,18 +66,28 @@ std::tuple<Tensor, Tensor> fake_quantize_forward(Tensor x, Tensor scale, Tensor 
                                                  int64_t axis, bool with_mask) {
   check_values(x, "x");
   check_axis(x, axis);
-  return forward(x, scale, zero_point, qmin, qmax, axis, with_mask, nullptr);
+  return forward(x, scale, zero_point, qmin, qmax, axis, with_mask,
+                 [](const auto* from, auto* to, uint8_t* bits, const qat::Layout& layout, const float* s,
+                    const float* z, qat::Range range) {
+                   qat::fake_quantize(kernels(), parallel, from, to, bits, layout, s, z, range, nullptr);
+                 });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fake_quantize_observe_forward(Tensor x, Tensor scale,
-                                                                                 Tensor zero_point, int64_t qmin,
-                                                                                 int64_t qmax, int64_t axis,
-                                                                                 bool with_mask) {
+std::tuple<Tensor, Tensor> fake_quantize_observe(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax,
+                                                 int64_t axis, Tensor low, Tensor high, Tensor nonfinite,
+                                                 OptionalTensor counts, int64_t mantissa_bits,
+                                                 std::optional<double> momentum, bool with_mask) {
   check_values(x, "x");
   check_axis(x, axis);
-  const ExtremaTensors extrema = new_extrema(x, axis);
-  const auto [y, bits] = forward(x, scale, zero_point, qmin, qmax, axis, with_mask, &extrema);
-  return {y, bits, extrema.low, extrema.high, extrema.nonfinite};
+  const Statistics statistics(x, axis, low, high, nonfinite, counts, mantissa_bits, momentum);
+  return forward(x, scale, zero_point, qmin, qmax, axis, with_mask,
+                 [&](const auto* from, auto* to, uint8_t* bits, const qat::Layout& layout, const float* s,
+                     const float* z, qat::Range range) {
+                   statistics.take([&](const qat::HistogramOut& out) {
+                     qat::fake_quantize_observe(kernels(), parallel, torch::stable::get_num_threads(), from, to, bits,
+                                                layout, s, z, range, out);
+                   });
+                 });
 }
 
 Tensor fake_quantize_backward(Tensor grad, Tensor mask_bits, std::vector<int64_t> strides) {
@@ -129,8 +138,9 @@ std::string use_isa(std::string isa) {
 STABLE_TORCH_LIBRARY(qat, m) {
   m.def("fake_quantize_forward(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int axis=-1, "
         "bool with_mask=True) -> (Tensor, Tensor)");
-  m.def("fake_quantize_observe_forward(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int axis=-1, "
-        "bool with_mask=True) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("fake_quantize_observe(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int axis, "
+        "Tensor(a!) low, Tensor(b!) high, Tensor(c!) nonfinite, Tensor(d!)? counts, int mantissa_bits, "
+        "float? momentum, bool with_mask) -> (Tensor, Tensor)");
   m.def("fake_quantize_backward(Tensor grad, Tensor mask_bits, SymInt[] strides) -> Tensor");
   m.def("_all_set(Tensor mask_bits, int n) -> bool");
   m.def("_interface() -> int");
@@ -140,7 +150,7 @@ STABLE_TORCH_LIBRARY(qat, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(qat, CPU, m) {
   m.impl("fake_quantize_forward", TORCH_BOX(&fake_quantize_forward));
-  m.impl("fake_quantize_observe_forward", TORCH_BOX(&fake_quantize_observe_forward));
+  m.impl("fake_quantize_observe", TORCH_BOX(&fake_quantize_observe));
   m.impl("fake_quantize_backward", TORCH_BOX(&fake_quantize_backward));
 }
 

@@ -7,12 +7,13 @@ from qat.native.norm_statistics import add_observe, norm_observe
 from qat.native.observers import (
     Statistics,
     clip_ranges,
+    fake_quantize_observe,
     observe,
     observe_histogram,
     observe_minmax,
     observe_range,
 )
-from qat.native.operators import fake_quantize, fake_quantize_observe
+from qat.native.operators import fake_quantize
 from qat.native.ranges import BatchNormFactor, GridRule, fake_quantize_track, fake_quantize_weight
 
 __all__ = [

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 #: The `interface_version` of csrc/torch/ops.cpp that the Python code of this package calls.
-_INTERFACE = 6
+_INTERFACE = 7
 
 _active = False
 _cuda = False

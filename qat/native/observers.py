@@ -1,4 +1,4 @@
-"""The native observers: a batch goes into the buffers of an observer in one pass over memory."""
+"""The native observers: a pass over memory takes a batch into an observer's buffers, and may fake-quantize it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from qat.native.operators import axis_of, fake_extrema
+from qat.native.operators import axis_of, fake_extrema, fake_forward, one_device, straight_through
 from qat.native.ranges import GridRule
 
 
@@ -38,6 +38,26 @@ def observe(x: Tensor, statistics: Statistics, axis: int | None = None) -> None:
         observe_range(x, low, high, nonfinite, axis, momentum)
     else:
         observe_histogram(x, counts, low, high, nonfinite, axis, mantissa_bits)
+
+
+def fake_quantize_observe(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None, statistics: Statistics
+) -> Tensor:
+    """Return `fake_quantize(x, ...)`, and take `x` as it was into the statistics.
+
+    One pass over memory; two for histograms by channel. The gradient is that of `fake_quantize`.
+
+    Args:
+        x: Any shape.
+        scale: Of a grid that is given, as in `fake_quantize`.
+        zero_point: Likewise.
+        qmin: Smallest code.
+        qmax: Largest code.
+        axis: Dimension of the channels of the grid and of the statistics; None for per-tensor.
+        statistics: Buffers that change as `observe` changes them.
+    """
+    operator = torch.ops.qat.fake_quantize_observe.default
+    return straight_through(operator, x, scale, zero_point, qmin, qmax, axis_of(x, axis), *statistics)
 
 
 def observe_minmax(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,11 +147,31 @@ def register() -> None:
     torch.library.register_fake("qat::observe_minmax", fake_extrema)
     torch.library.register_fake("qat::observe_range", _nothing)
     torch.library.register_fake("qat::observe_histogram", _nothing)
+    torch.library.register_fake("qat::fake_quantize_observe", _fake_quantize_observe)
     torch.library.register_fake("qat::clip_ranges", _fake_ranges)
 
 
 def _nothing(*_: object) -> None:
     return None
+
+
+def _fake_quantize_observe(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int,
+    low: Tensor,
+    high: Tensor,
+    nonfinite: Tensor,
+    counts: Tensor | None,
+    mantissa_bits: int,
+    momentum: float | None,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    one_device(x, low=low, high=high, nonfinite=nonfinite, counts=counts)
+    return fake_forward(x, scale, zero_point, qmin, qmax, axis, with_mask)
 
 
 def _fake_ranges(counts: Tensor, low: Tensor, high: Tensor, *_: object) -> tuple[Tensor, Tensor]:

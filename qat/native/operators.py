@@ -33,16 +33,6 @@ def fake_quantize(
     return straight_through(operator, x, scale, zero_point, qmin, qmax, axis_of(x, axis))
 
 
-def fake_quantize_observe(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return `fake_quantize(...)` and, of the same pass over memory, `observe_minmax(x, axis)`."""
-    y, _, low, high, nonfinite = torch.ops.qat.fake_quantize_observe_forward(
-        x, scale, zero_point, qmin, qmax, axis_of(x, axis), torch.is_grad_enabled() and x.requires_grad
-    )
-    return y, low, high, nonfinite
-
-
 def axis_of(x: Tensor, axis: int | None) -> int:
     """Return the axis as the operators want it: not negative, or -1 for per-tensor."""
     if axis is None:
@@ -105,29 +95,29 @@ class _StraightThrough(torch.autograd.Function):
 
 def register() -> None:
     """Register fake kernels and gradients, once, after the library is loaded."""
-    torch.library.register_fake("qat::fake_quantize_forward", _fake_forward)
-    torch.library.register_fake("qat::fake_quantize_observe_forward", _fake_observe_forward)
+    torch.library.register_fake("qat::fake_quantize_forward", fake_forward)
     torch.library.register_fake("qat::fake_quantize_backward", _fake_backward)
-    for name in ("qat::fake_quantize_forward", "qat::fake_quantize_observe_forward"):
-        torch.library.register_autograd(name, _forward_gradient, setup_context=_keep_mask)
+    torch.library.register_autograd("qat::fake_quantize_forward", _forward_gradient, setup_context=_keep_mask)
     torch.library.register_autograd("qat::fake_quantize_backward", _mask_gradient, setup_context=_keep_given_mask)
 
 
-def _fake_forward(
+def fake_forward(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int = -1, with_mask: bool = True
 ) -> tuple[Tensor, Tensor]:
-    for name, tensor in (("scale", scale), ("zero_point", zero_point)):
-        # one meta tensor among real ones comes here too, and must not get memory that nobody wrote
-        if tensor.device != x.device:
-            raise RuntimeError(f"qat: {name} is on {tensor.device} and x on {x.device}; give tensors of one device")
+    """Return what the shapes of a fake-quantized tensor and its mask are, for fake kernels."""
+    one_device(x, scale=scale, zero_point=zero_point)
     size = (x.numel() + 7) // 8 if with_mask else 0
     return torch.empty_like(x), x.new_empty((size,), dtype=torch.uint8)
 
 
-def _fake_observe_forward(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int = -1, with_mask: bool = True
-) -> tuple[Tensor, ...]:
-    return (*_fake_forward(x, scale, zero_point, qmin, qmax, axis, with_mask), *fake_extrema(x, axis))
+def one_device(x: Tensor, **others: Tensor | None) -> None:
+    """Refuse tensors of another device than `x` has, in fake kernels.
+
+    One meta tensor among real ones comes there too, and must not get memory that nobody wrote.
+    """
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(f"qat: {name} is on {tensor.device} and x on {x.device}; give tensors of one device")
 
 
 def _fake_backward(grad: Tensor, mask_bits: Tensor, strides: list[int]) -> Tensor:
@@ -141,9 +131,9 @@ def fake_extrema(x: Tensor, axis: int = -1) -> tuple[Tensor, Tensor, Tensor]:
     return low, high, x.new_empty((), dtype=torch.int64)
 
 
-def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    y, mask_bits, *statistics = output
-    ctx.mark_non_differentiable(mask_bits, *statistics)
+def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    y, mask_bits = output
+    ctx.mark_non_differentiable(mask_bits)
     ctx.set_materialize_grads(False)
     if not inputs[6]:
         ctx.strides = None
@@ -153,7 +143,7 @@ def _keep_mask(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.strides = y.stride()
 
 
-def _forward_gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _forward_gradient(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return (None,) * 7
     if ctx.strides is None:

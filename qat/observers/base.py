@@ -95,7 +95,10 @@ class Observer(nn.Module, ABC):
         """
 
     def statistics(self) -> native.Statistics | None:
-        """Return the buffers that the native extension may change instead of `_update`; None where it may not."""
+        """Return the buffers that the native extension may change instead of `_update`; None where it may not.
+
+        A pass that does more than to observe changes them without `observe`, and calls `count_samples`.
+        """
         return None
 
     def _update_natively(self, x: Tensor) -> None:
@@ -182,7 +185,7 @@ class Observer(nn.Module, ABC):
         self.count_samples(x)
 
     def count_samples(self, x: Tensor) -> None:
-        """Take note of a batch whose elements went into the buffers."""
+        """Note what there is to know of a batch besides its elements, which are in the buffers already: its rows."""
         self.samples += x.shape[0] if x.dim() else 1
 
     def _is_for_native(self, x: Tensor) -> bool:

@@ -79,15 +79,9 @@ class KLObserver(BinnedObserver):
         """Declare the area as a maximum."""
         return {**super().reductions(), "area": "max"}
 
-    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        super()._update(x, low, high)
-        self._see_area(x)
-
-    def _update_natively(self, x: Tensor) -> None:
-        super()._update_natively(x)
-        self._see_area(x)
-
-    def _see_area(self, x: Tensor) -> None:
+    def count_samples(self, x: Tensor) -> None:
+        """Count them, and keep the area: whoever fills the buffers calls this, whatever pass that was."""
+        super().count_samples(x)
         self.area.clamp_(min=float(math.prod(x.shape[2:])))
 
     def _range_of_counts(

@@ -104,6 +104,9 @@ class FakeQuantize(Quantizer):
         """
         if self.fixed is None:
             if self.observing and not constant:
+                statistics = self.observer.statistics() if self._observes_natively(x) else None
+                if statistics is not None:
+                    return self._observe_and_quantize(x, statistics)
                 self.observer.observe(x.detach())
             if self.tracking and self.training and (last or not constant):
                 if self._tracks_natively(x):
@@ -116,19 +119,31 @@ class FakeQuantize(Quantizer):
             raise self._no_range()
         if not x.is_floating_point():
             raise DataError(f"{self.name!r} is a tensor of {x.dtype}", "quantize only floating-point tensors")
-        return fake_quantize(x, self.scale, self.zero_point, self.qmin, self.qmax, self.scheme.granularity)
+        return fake_quantize(x, self.scale, self.zero_point, self.rule.qmin, self.rule.qmax, self.scheme.granularity)
 
     def _tracks_natively(self, x: Tensor) -> bool:
         """Tell whether one native operator takes the range, moves the grid and fake-quantizes."""
+        return self._has_native_pass(x) and not self.tied and not is_distributed()
+
+    def _observes_natively(self, x: Tensor) -> bool:
+        """Tell whether one native operator fake-quantizes on the grid as it is, and fills an observer's buffers."""
+        return self._has_native_pass(x) and self.ready and not (self.tracking and self.training)
+
+    def _has_native_pass(self, x: Tensor) -> bool:
+        """Tell whether native operators that also look at `x` can fake-quantize it; what is wrong is left to others."""
         return (
             self.quantizing
-            and not self.tied
             and x.numel() > 0
             and is_for_native(x, self.scheme.granularity)
             and self.scale.numel() == (1 if self.rule.axis is None else x.shape[self.rule.axis])
             and self.scale.device == x.device
-            and not is_distributed()
         )
+
+    def _observe_and_quantize(self, x: Tensor, statistics: native.Statistics) -> Tensor:
+        qmin, qmax, axis, *_ = self.rule
+        y = native.fake_quantize_observe(x, self.scale, self.zero_point, qmin, qmax, axis, statistics)
+        self.observer.count_samples(x)
+        return y
 
     @torch.no_grad()
     def _track(self, x: Tensor, constant: bool, last: bool) -> None:

@@ -239,7 +239,7 @@ class Residual(nn.Module):
         return self.relu(z)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average"])
+@pytest.mark.parametrize("observer", ["histogram", "minmax", "moving_average", "kl"])
 @pytest.mark.parametrize("module", [Block, Residual])
 def test_calibration_in_fused_passes(module: type[nn.Module], observer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if not native.status().active:

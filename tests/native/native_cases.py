@@ -10,11 +10,14 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from qat.scheme import int_type
+
 NASTY = (
     0.0, -0.0, 1e-45, -1e-45, 1e-38, 3.4028234663852886e38, -3.4028234663852886e38, math.inf, -math.inf, math.nan,
     0.5, -0.5, 1.5, 2.5, -2.5, 8388607.5, 8388608.0, -8388609.0, 16777217.0, 0.05, 0.15000000596046448,
     struct.unpack("<f", struct.pack("<I", 0xFFC01234))[0],
 )  # fmt: skip
+DTYPES = ("int8", "uint8", "int16", "uint16", "int4", "uint4")
 LAYOUTS = ("contiguous", "permuted", "strided", "expanded", "unaligned")
 
 
@@ -56,6 +59,25 @@ def tensors(draw: st.DrawFn) -> Tensor:
         draw(st.integers(0, 2**32 - 1)),
         draw(st.sampled_from([0.0, 0.1, 1.0])),
     )
+
+
+@st.composite
+def fake_quantizations(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, int, int | None]:
+    """The arguments of `fake_quantize`."""
+    x = draw(tensors())
+    kind = int_type(draw(st.sampled_from(DTYPES)))
+    qmin = draw(st.integers(kind.qmin, kind.qmax - 1))
+    qmax = draw(st.integers(qmin + 1, kind.qmax))
+    axis = draw(st.one_of(st.none(), st.integers(-x.dim(), x.dim() - 1))) if x.dim() else None
+    count = 1 if axis is None else x.shape[axis]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    scale = torch.rand(count, generator=generator) * draw(st.sampled_from([0.1, 1.0, 2.0**-40, 2.0**111, 1e-44]))
+    scale = scale.clamp(min=1e-45)
+    zero_point = torch.randint(qmin, qmax + 1, (count,), generator=generator)
+    zero_point = zero_point.to(draw(st.sampled_from([torch.int32, torch.int64, torch.float32])))
+    if axis is None and draw(st.booleans()):
+        scale, zero_point = scale.reshape(()), zero_point.reshape(())
+    return x, scale, zero_point, qmin, qmax, axis
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

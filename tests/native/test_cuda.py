@@ -161,7 +161,7 @@ def formed(x: Tensor, form: torch.memory_format) -> Tensor:
 def test_fake_quantization_extrema_and_gradient(machine: Machine, per_channel: bool, x: Tensor) -> None:
     axis, channels = axis_and_channels(x, per_channel)
     scale, zero = torch.rand(channels) + 0.01, torch.randint(-5, 6, (channels,))
-    y, bits, *_ = machine.check("fake_quantize_observe_forward", x, scale, zero, -8, 7, axis)
+    y, bits = machine.check("fake_quantize_forward", x, scale, zero, -8, 7, axis)
     machine.check("fake_quantize_forward", x, scale, zero, -8, 7, axis, False)
     machine.check("observe_minmax", x, axis)
     machine.check("fake_quantize_backward", torch.randn(x.shape).to(x.dtype), bits, list(y.stride()))
@@ -176,8 +176,12 @@ def test_large_tensors(machine: Machine, shape: Sequence[int], axis: int, dtype:
     x = torch.randn(*shape).to(dtype)
     channels = shape[axis] if axis >= 0 else 1
     for form in FORMATS if len(shape) == 4 else FORMATS[:1]:
-        grid = torch.rand(channels) + 0.01, torch.zeros(channels)
-        machine.check("fake_quantize_observe_forward", x.contiguous(memory_format=form), *grid, -8, 7, axis)
+        grid, v = (torch.rand(channels) + 0.01, torch.zeros(channels)), x.contiguous(memory_format=form)
+        machine.check("fake_quantize_forward", v, *grid, -8, 7, axis)
+        for bins in (0, 2**9) if channels == 1 else (0,):  # histograms by channel are a pass of their own
+            counts, *state = observed(channels, bins)
+            last = (counts if bins else None, 0, None, True)
+            machine.check("fake_quantize_observe", v, *grid, -8, 7, axis, *state, *last)
 
 
 @RELAXED
@@ -205,6 +209,24 @@ def test_observed_ranges(machine: Machine, per_channel: bool, momentum: float | 
     _, *state = observed(channels)
     for batch in (x, x * 0.75, x * 2):
         machine.check("observe_range", batch, *state, axis, momentum)
+
+
+@RELAXED
+@given(x=tensors(), mantissa_bits=st.sampled_from([0, 4, 7]), momentum=st.sampled_from([None, 0.03]))
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_observed_and_fake_quantized(
+    machine: Machine, per_channel: bool, momentum: float | None, mantissa_bits: int, x: Tensor
+) -> None:
+    axis, channels = axis_and_channels(x, per_channel)
+    grid = torch.rand(channels) + 0.01, torch.randint(-5, 6, (channels,))
+    mantissa_bits = mantissa_bits if channels < 64 else 0  # gigabytes else
+    counts, *of_histogram = observed(channels, 2 ** (9 + mantissa_bits))
+    _, *of_range = observed(channels)
+    for batch, with_mask in ((x, True), (x * 0.75, False), (x * 2, True)):
+        given = (batch, *grid, -8, 7, axis)
+        machine.check("fake_quantize_observe", *given, *of_histogram, counts, mantissa_bits, None, with_mask)
+        machine.check("fake_quantize_observe", *given, *of_range, None, 7, momentum, with_mask)
+    assert int(counts.sum()) == sum(int(batch.isfinite().sum()) for batch in (x, x * 0.75, x * 2))
 
 
 # ---- grids that follow the data
@@ -366,6 +388,9 @@ def test_bad_input_is_a_message(machine: Machine) -> None:
         "too wide": lambda: ops.fake_quantize_forward(x, one, one, 0, 1 << 24),
         "mantissa_bits 11": lambda: ops.observe_histogram(x, x, x, x, x, -1, 11),
         "low is not a contiguous tensor of 1 float32": lambda: ops.observe_range(x, x, one, one),
+        "a histogram has no momentum": lambda: ops.fake_quantize_observe(
+            x, one, one, 0, 7, -1, one, one, one, one, 7, 0.1, True
+        ),
         "x of shape .* has no channels": lambda: ops.norm_quantize_forward(
             x, None, None, None, None, True, 0.1, 1e-5, 0, 6, None, None, None, None, None, False, 0.1, 0, 1, False, 0,
             False,

@@ -65,8 +65,11 @@ def test_a_layer_in_training_is_the_cpus(phase: Phase) -> None:
         torch.testing.assert_close(mine.grad.cpu(), theirs.grad, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["fake_quantize_forward", "fake_quantize_observe_forward"])
-def test_opcheck(name: str) -> None:
+def test_opcheck() -> None:
     x = torch.randn(3, 4, 5, device="cuda", requires_grad=True)
     args = (x, torch.rand(4, device="cuda") + 0.1, torch.zeros(4, device="cuda"), -8, 7, 1)
-    torch.library.opcheck(getattr(torch.ops.qat, name).default, args)
+    torch.library.opcheck(torch.ops.qat.fake_quantize_forward.default, args)
+    low, high = (torch.full((4,), value, device="cuda") for value in (torch.inf, -torch.inf))
+    nonfinite = torch.zeros((), dtype=torch.int64, device="cuda")
+    args = (x.detach(), *args[1:], low, high, nonfinite, None, 7, 0.1, True)
+    torch.library.opcheck(torch.ops.qat.fake_quantize_observe.default, args)

@@ -5,34 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from native_cases import make, same_bits, tensors
+from native_cases import fake_quantizations, make, same_bits
 from torch import Tensor
 
 from qat import native
-from qat.observers.channels import finite_extrema
 from qat.quantizers import static
-from qat.scheme import PER_TENSOR, Granularity, int_type
-
-DTYPES = ("int8", "uint8", "int16", "uint16", "int4", "uint4")
-
-
-@st.composite
-def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, int, int | None]:
-    x = draw(tensors())
-    kind = int_type(draw(st.sampled_from(DTYPES)))
-    qmin = draw(st.integers(kind.qmin, kind.qmax - 1))
-    qmax = draw(st.integers(qmin + 1, kind.qmax))
-    axis = draw(st.one_of(st.none(), st.integers(-x.dim(), x.dim() - 1))) if x.dim() else None
-    count = 1 if axis is None else x.shape[axis]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    scale = torch.rand(count, generator=generator) * draw(st.sampled_from([0.1, 1.0, 2.0**-40, 2.0**111, 1e-44]))
-    scale = scale.clamp(min=1e-45)
-    zero_point = torch.randint(qmin, qmax + 1, (count,), generator=generator)
-    zero_point = zero_point.to(draw(st.sampled_from([torch.int32, torch.int64, torch.float32])))
-    if axis is None and draw(st.booleans()):
-        scale, zero_point = scale.reshape(()), zero_point.reshape(())
-    return x, scale, zero_point, qmin, qmax, axis
+from qat.scheme import PER_TENSOR, Granularity
 
 
 def reference(
@@ -50,7 +28,7 @@ def reference(
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cases())
+@given(fake_quantizations())
 def test_values_and_gradients_are_those_of_pytorch_to_the_bit(
     isa: str, case: tuple[Tensor, Tensor, Tensor, int, int, int | None]
 ) -> None:
@@ -66,22 +44,6 @@ def test_values_and_gradients_are_those_of_pytorch_to_the_bit(
     assert torch.equal(gradient, torch.where(mask, upstream, 0.0))
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cases())
-def test_the_same_pass_observes(isa: str, case: tuple[Tensor, Tensor, Tensor, int, int, int | None]) -> None:
-    x, scale, zero_point, qmin, qmax, axis = case
-    y, *statistics = native.fake_quantize_observe(x, scale, zero_point, qmin, qmax, axis)
-    assert same_bits(y, native.fake_quantize(x, scale, zero_point, qmin, qmax, axis))
-    for fused, alone in zip(statistics, native.observe_minmax(x, axis), strict=True):
-        assert torch.equal(fused, alone)
-    if x.numel():
-        granularity = PER_TENSOR if axis is None else Granularity("per_channel", axis)
-        low, high, nonfinite = finite_extrema(x, granularity)
-        assert torch.equal(statistics[0], low.to(torch.float32))
-        assert torch.equal(statistics[1], high.to(torch.float32))
-        assert int(statistics[2]) == (0 if nonfinite is None else int(nonfinite))
-
-
 @pytest.mark.parametrize("shape", [(1 << 18,), (3, 33, 65, 31)])
 @pytest.mark.parametrize("axis", [None, 0, -1])
 def test_threads_change_no_bit(isa: str, shape: tuple[int, ...], axis: int | None) -> None:
@@ -95,16 +57,15 @@ def test_threads_change_no_bit(isa: str, shape: tuple[int, ...], axis: int | Non
     try:
         for threads in (1, 2, 3, 2):
             torch.set_num_threads(threads)
-            y, *statistics = native.fake_quantize_observe(x, scale, zero, -128, 127, axis)
+            y = native.fake_quantize(x, scale, zero, -128, 127, axis)
             (gradient,) = torch.autograd.grad(y, x, upstream)
-            results.append([y.detach(), gradient, *statistics])
+            results.append([y.detach(), gradient])
     finally:
         torch.set_num_threads(before)
     assert same_bits(results[0][0], reference(x.detach(), scale, zero, -128, 127, axis)[0])
     for other in results[1:]:
         assert same_bits(other[0], results[0][0])
         assert same_bits(other[1], results[0][1])
-        assert all(torch.equal(a, b) for a, b in zip(other[2:], results[0][2:], strict=True))
 
 
 def test_memory_formats_are_kept_and_only_bits_are_saved(operators: None) -> None:
@@ -162,9 +123,8 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("sample", SAMPLES)
-@pytest.mark.parametrize("name", ["fake_quantize_forward", "fake_quantize_observe_forward"])
-def test_opcheck(operators: None, name: str, sample: str) -> None:
-    results = torch.library.opcheck(getattr(torch.ops.qat, name).default, SAMPLES[sample]())
+def test_opcheck(operators: None, sample: str) -> None:
+    results = torch.library.opcheck(torch.ops.qat.fake_quantize_forward.default, SAMPLES[sample]())
     assert set(results.values()) == {"SUCCESS"}
 
 
@@ -183,8 +143,7 @@ def test_compiled_without_a_graph_break(operators: None, axis: int | None, dynam
     scale, zero = torch.rand(count) + 0.05, torch.zeros(count, dtype=torch.int32)
 
     def step(v: Tensor) -> Tensor:
-        y, low, high, _ = native.fake_quantize_observe(v * 2, scale, zero, -128, 127, axis)
-        return y * (high - low).sum()
+        return native.fake_quantize(v * 2, scale, zero, -128, 127, axis)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch in (4, 7):
@@ -220,11 +179,10 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-@pytest.mark.parametrize("name", ["fake_quantize_forward", "fake_quantize_observe_forward"])
-def test_bad_input_is_a_message(operators: None, name: str, case: str) -> None:
+def test_bad_input_is_a_message(operators: None, case: str) -> None:
     arguments, message = BAD[case]
     with pytest.raises(RuntimeError, match=message):
-        getattr(torch.ops.qat, name)(*arguments)
+        torch.ops.qat.fake_quantize_forward(*arguments)
 
 
 BITS = torch.zeros(1, dtype=torch.uint8)
