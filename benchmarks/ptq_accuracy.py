@@ -9,6 +9,9 @@ QAT_DATA names a folder with `reference.py` (see `pretrained_accuracy.py`). Ever
     default     equalize, calibrate, correct_bias                      (8-bit weights)
                 equalize, calibrate, correct_bias, gptq, correct_bias  (4-bit weights)
 
+Beside each: its time, conversion included, in passes of the float model over the calibration images, and the peak of
+the process's memory meanwhile, above what it held before (Linux).
+
 Scores are top-1 of the integer model (`qat.convert`), whose codes ONNX Runtime gives too. With `--peers` torch.ao (FX,
 histogram) and onnxruntime.quantization (MinMax, Entropy, Percentile) quantize and score in the same run.
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import os
 import sys
@@ -152,6 +156,21 @@ def has_vnni() -> bool:
     return "vnni" in flags
 
 
+def reset_peak() -> float:
+    """Set the process's peak of memory to what it holds now, and return that, in MB; nan where the system cannot."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return float("nan")
+    return peak()
+
+
+def peak() -> float:
+    """Return the process's peak of memory, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
+
+
 def _arguments(model: nn.Module) -> list[str]:
     import inspect
 
@@ -188,7 +207,8 @@ def main() -> None:
     warnings.simplefilter("ignore")
     reference = load_reference(Path(folder), args.limit)
     rows: list[dict[str, Any]] = []
-    print("| network | bits | method | top-1 | drop | quantization, ÷ float |\n| --- | --- | --- | --- | --- | --- |")
+    print("| network | bits | method | top-1 | drop | time, ÷ float | peak, MB |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
     for network in args.networks:
         task = reference.TASKS[network]
         model = task.model().eval()
@@ -199,10 +219,11 @@ def main() -> None:
                 model(x)
         passing = time.perf_counter() - start
         score = top1(task.score(model))
-        print(f"| {network} | float | | {score:.2f} | | |", flush=True)
+        print(f"| {network} | float | | {score:.2f} | | | |", flush=True)
         for bits in args.bits:
             for name, quantize in methods(model, batches, SCHEMES[bits], args):
-                start = time.perf_counter()
+                gc.collect()
+                before, start = reset_peak(), time.perf_counter()
                 try:
                     quantized = quantize()
                 except Exception as error:  # noqa: BLE001 - a peer may fail in any way
@@ -210,14 +231,17 @@ def main() -> None:
                     continue
                 if quantized is None:
                     continue
-                seconds = time.perf_counter() - start
+                seconds, memory = time.perf_counter() - start, peak() - before
                 found = top1(task.score(quantized))
                 rows.append(
                     {"network": network, "bits": bits, "method": name, "float": score, "top1": found,
-                     "cost": seconds / passing}
+                     "cost": seconds / passing, "peak_mb": memory}
                 )  # fmt: skip
                 cost = f"{seconds / passing:.1f}"
-                print(f"| {network} | {bits} | {name} | {found:.2f} | {score - found:+.2f} | {cost} |", flush=True)
+                print(
+                    f"| {network} | {bits} | {name} | {found:.2f} | {score - found:+.2f} | {cost} | {memory:.0f} |",
+                    flush=True,
+                )
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

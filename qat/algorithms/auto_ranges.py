@@ -67,6 +67,11 @@ def _key(node: fx.Node) -> str:
     return str(node.target).removeprefix(QUANTIZERS + ".") if node.meta.get("quantizes") is not None else ""
 
 
+def _square_sum(x: Tensor) -> float:
+    # one pass over memory; sums of float64 would take a third of the whole search
+    return float(torch.linalg.vector_norm(x)) ** 2
+
+
 class _Grids:
     """The candidates of one quantizer, and their errors so far."""
 
@@ -98,9 +103,9 @@ class _Grids:
                 if not is_float(want):
                     continue
                 sums = self.sums[end]
-                sums[index] += float((have - want).square().sum(dtype=torch.float64))
+                sums[index] += _square_sum(have - want)
                 if index == 0:
-                    sums[-1] += float(want.square().sum(dtype=torch.float64))
+                    sums[-1] += _square_sum(want)
 
     def choose(self) -> str | None:
         """Set the best range; return its method."""
