@@ -17,6 +17,7 @@ class Alias:
         values: Options that the name implies; given ones win.
         renames: Options by their name there.
         powers: Options, by their name there, whose value N stands for 2**N.
+        pairs: Options, by their name there, whose two values are two options here.
         about: Whose name it is.
     """
 
@@ -24,11 +25,13 @@ class Alias:
     values: Mapping[str, Any] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
     powers: Mapping[str, str] = field(default_factory=dict)
+    pairs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     about: str = ""
 
 
 _ACUITY_KL = MappingProxyType({"divergence_nbins": "bins"})
 _ACUITY_BITS = MappingProxyType({"divergence_first_quantize_bits": "bins"})
+_AMCT_RANGE = MappingProxyType({"search_range": ("search_range_start", "search_range_end")})
 _ACUITY_AVERAGE = MappingProxyType({"moving_average_weight": "momentum"})
 
 #: names of other systems; a registered name is here where options of it have other names elsewhere
@@ -47,7 +50,8 @@ ALIASES: Mapping[str, Alias] = MappingProxyType(
         "EMA": Alias("moving_average", {"momentum": 0.01}, about="MNN, `feature_quantize_method`"),
         "ema": Alias("moving_average", {"momentum": 0.01}, about="MNN, `feature_quantize_method`"),
         "moving_average": Alias("moving_average", renames=_ACUITY_AVERAGE, about="ACUITY's option"),
-        "ifmr_quantize": Alias("ifmr", about="AMCT"),
+        "ifmr": Alias("ifmr", pairs=_AMCT_RANGE, about="AMCT's option"),
+        "ifmr_quantize": Alias("ifmr", pairs=_AMCT_RANGE, about="AMCT"),
         "hfmg": Alias("hfmg", renames={"num_of_bins": "bins"}, about="AMCT's option"),
         "hfmg_quantize": Alias("hfmg", renames={"num_of_bins": "bins"}, about="AMCT"),
         "arq_quantize": Alias("arq", about="AMCT"),

@@ -63,13 +63,13 @@ def resolve_observer(spec: ObserverSpec) -> ObserverSpec:
     if kind is None:
         raise SchemeError(f"unknown observer {spec.name!r}", _nearest(spec.name, OBSERVERS, ALIASES))
     found: dict[str, Any] = {}
-    for key, value in spec.options.items():
+    for key, value in _single_options(spec, alias):
         own = alias.renames.get(key) or alias.powers.get(key) or key
         option = kind.OPTIONS.get(own)
         if option is None:
             raise SchemeError(
                 f"observer {spec.name} has no option {key!r}",
-                _nearest(key, kind.OPTIONS, {**alias.renames, **alias.powers}),
+                _nearest(key, kind.OPTIONS, [*alias.renames, *alias.powers, *alias.pairs]),
             )
         if own in found:
             raise SchemeError(f"option {own} of observer {spec.name} is given twice", f"leave out {key}")
@@ -102,6 +102,17 @@ def make_observer(spec: ObserverSpec, granularity: Granularity, channels: int | 
     """
     resolved = resolve_observer(spec)
     return OBSERVERS[resolved.name](granularity, channels, name, **resolved.options)
+
+
+def _single_options(spec: ObserverSpec, alias: Alias) -> Iterable[tuple[str, object]]:
+    """Yield the options with one value each."""
+    for key, value in spec.options.items():
+        if key not in alias.pairs:
+            yield key, value
+        elif isinstance(value, (list, tuple)) and len(value) == len(alias.pairs[key]):
+            yield from zip(alias.pairs[key], value, strict=True)
+        else:
+            raise SchemeError(f"option {key} of observer {spec.name} is {value!r}", "give two numbers, such as [a, b]")
 
 
 def _checked(observer: str, key: str, value: object, option: Option, *, power: bool) -> object:

@@ -26,6 +26,7 @@ def aliases_table() -> str:
         meaning += [f"{key} {value}" for key, value in alias.values.items()]
         options = [f"`{theirs}` is `{own}`" for theirs, own in alias.renames.items()]
         options += [f"`{theirs}` N is `{own}` 2^N" for theirs, own in alias.powers.items()]
+        options += [f"`{theirs}` [a, b] is `{a}` a, `{b}` b" for theirs, (a, b) in alias.pairs.items()]
         rows.append((f"`{name}`", ", ".join(meaning) or "itself", "<br>".join(options) or "-", alias.about))
     return _table(("Name", "Stands for", "Options by their names", "Whose"), rows)
 

@@ -17,7 +17,7 @@ def test_every_alias_stands_for_options_that_exist():
     for name, alias in ALIASES.items():
         options = OBSERVERS[alias.observer].OPTIONS
         assert set(alias.values) <= set(options), name
-        assert {*alias.renames.values(), *alias.powers.values()} <= set(options), name
+        assert {*alias.renames.values(), *alias.powers.values(), *sum(alias.pairs.values(), ())} <= set(options), name
         assert all(options[key].is_legal(value) for key, value in alias.values.items())
         assert alias.about
         assert name not in OBSERVERS or name == alias.observer
@@ -38,6 +38,7 @@ def test_every_alias_stands_for_options_that_exist():
         ("kl", {"divergence_nbins": 1024}, "kl", {"bins": 1024}),
         ("hfmg_quantize", {"num_of_bins": 8192}, "hfmg", {"bins": 8192}),
         ("ifmr_quantize", {"search_step": 0.02}, "ifmr", {"search_step": 0.02}),
+        ("ifmr", {"search_range": [0.8, 1.2]}, "ifmr", {"search_range_start": 0.8, "search_range_end": 1.2}),
         ("MLE", {"start": "minmax"}, "mle", {"start": "minmax"}),
     ],
 )
@@ -56,6 +57,12 @@ def test_resolved(name, options, own, values):
         (ObserverSpec("kl", {"divergence_first_quantize_bits": 30}), r"is 30; give N for which 2\*\*N is an integer"),
         (ObserverSpec("kl", {"divergence_first_quantize_bits": 2.5}), r"is 2\.5; give N for which"),
         (ObserverSpec("kl", {"bins": 64, "divergence_nbins": 128}), r"option bins of observer kl is given twice"),
+        (ObserverSpec("ifmr", {"search_range": 1.2}), r"search_range of observer ifmr is 1\.2; give two numbers"),
+        (ObserverSpec("ifmr", {"search_range": [0.7]}), r"search_range of observer ifmr is \[0\.7\]; give two numbers"),
+        (ObserverSpec("ifmr", {"search_range": [0.7, "x"]}), r"search_range_end of observer ifmr is 'x'"),
+        (ObserverSpec("ifmr", {"search_range": [1.3, 0.7]}), r"search_range_start 1\.3 .* is above search_range_end"),
+        (ObserverSpec("ifmr", {"search_range": [0.7, 1.3], "search_range_end": 1}), r"search_range_end .* given twice"),
+        (ObserverSpec("ifmr", {"search_rang": [0.7, 1.3]}), r"did you mean 'search_range'\?"),
         (ObserverSpec("mace", {"percentile": 51}), r"percentile of observer mace is 51; give a number in \[0, 50\]"),
         (ObserverSpec("mace", {"enhance": 1}), r"enhance of observer mace is 1; give true or false"),
         (ObserverSpec("mle", {"start": "kl"}), r"start of observer mle is 'kl'; give one of minmax, percentile, mean"),
