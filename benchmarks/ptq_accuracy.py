@@ -12,8 +12,9 @@ QAT_DATA names a folder with `reference.py` (see `pretrained_accuracy.py`). Ever
 Beside each: its time, conversion included, in passes of the float model over the calibration images, and the peak of
 the process's memory meanwhile, above what it held before (Linux).
 
-Scores are top-1 of the integer model (`qat.convert`), whose codes ONNX Runtime gives too. With `--peers` torch.ao (FX,
-histogram) and onnxruntime.quantization (MinMax, Entropy, Percentile) quantize and score in the same run.
+4-bit activations go with 8 bits at the ends of the network (`ends`). Scores are top-1 of the integer model
+(`qat.convert`), whose codes ONNX Runtime gives too. With `--peers` torch.ao (FX, histogram) and
+onnxruntime.quantization (MinMax, Entropy, Percentile) quantize and score in the same run.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "w4a8": {"weights": {"dtype": "int4"}},
     "w4a4": {"weights": {"dtype": "int4"}, "activations": {"qmin": 0, "qmax": 15}},
 }
+#: what `ends` makes of it
+EIGHT = {"weights": {"dtype": "int8"}, "activations": {"qmin": 0, "qmax": 255}}
 
 
 def top1(scores: dict[str, Any]) -> float:
@@ -58,7 +61,24 @@ def prepare(model: nn.Module, example: Tensor, scheme: dict[str, Any], observer:
     """Prepare a model with another observer of activations, where one is given."""
     activations = scheme.get("activations", {}) | ({"observer": observer} if observer else {})
     full = {**scheme, "activations": activations} if activations else scheme
+    if "qmax" in activations:
+        full["layers"] = ends(model, example)
     return qat.prepare(model, example, target=qat.load_target(TARGET), scheme=full or None)
+
+
+def ends(model: nn.Module, example: Tensor) -> dict[str, Any]:
+    """Return the rules for 8 bits at the ends: input, weights of the first layer, last layer and its result.
+
+    All published results of 4-bit activations are with such ends (LSQ, BRECQ, QDrop).
+    """
+    qmodel = qat.prepare(model, example, target=qat.load_target(TARGET))
+    weighted = [op.name for op in qmodel.opgraph.ops.values() if op.weight is not None]
+    inputs = [entry.name for entry in qmodel.plan if entry.role == "input"]
+    return {
+        **{name: {"activations": EIGHT["activations"]} for name in inputs},
+        weighted[0]: {"weights": EIGHT["weights"]},
+        weighted[-1]: EIGHT,
+    }
 
 
 def default(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> PreparedModel:
