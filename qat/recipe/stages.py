@@ -37,7 +37,8 @@ from qat.train.checkpoint import load_weights
 from qat.train.data import Data, Split, input_shape
 from qat.train.data.spec import DataSpec
 from qat.train.evaluate import device_of, evaluation_mode
-from qat.train.trainer import EpochRecord, Hook, fit
+from qat.train.hooks import EpochRecord, Hook
+from qat.train.trainer import fit
 
 
 def choose_device(recipe: Recipe) -> torch.device:

@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,47 +15,9 @@ from torch.nn import functional
 from qat.errors import DataError, TrainError
 from qat.train.data import Split
 from qat.train.evaluate import check_scores, device_of, evaluation_mode
+from qat.train.hooks import EpochRecord, Hook
 from qat.train.progress import progress
 from qat.train.settings import OptimizerSettings, ScheduleSettings, TrainSettings
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What one epoch of training came to.
-
-    Attributes:
-        epoch: Number of the epoch, from 1.
-        loss: Mean loss.
-        top1: Share of training images that were classified rightly on the way.
-        lr: Learning rate of the last step.
-        seconds: Wall time.
-    """
-
-    epoch: int
-    loss: float
-    top1: float
-    lr: float
-    seconds: float
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the JSON object."""
-        return {
-            "epoch": self.epoch,
-            "loss": self.loss,
-            "top1": self.top1,
-            "lr": self.lr,
-            "seconds": self.seconds,
-        }
-
-
-class Hook:
-    """Something that is called while a model is trained; every method may be left as it is."""
-
-    def epoch_start(self, model: nn.Module, epoch: int) -> None:
-        """Before epoch `epoch` (from 0)."""
-
-    def epoch_end(self, model: nn.Module, record: EpochRecord) -> None:
-        """After an epoch."""
 
 
 @runtime_checkable
@@ -192,7 +153,7 @@ def fit(
             quiet=quiet,
         )
         with contextlib.nullcontext() if teacher is None else evaluation_mode(teacher):
-            loss, top1, rate = _train_epoch(model, bar, settings, optimizer, scheduler, teacher, epoch)
+            loss, top1, rate = _train_epoch(model, bar, settings, optimizer, scheduler, teacher, hooks, epoch)
         record = EpochRecord(epoch + 1, loss, top1, rate, time.perf_counter() - start)
         records.append(record)
         for hook in hooks:
@@ -210,6 +171,7 @@ def _train_epoch(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LambdaLR,
     teacher: nn.Module | None,
+    hooks: Sequence[Hook],
     epoch: int,
 ) -> tuple[float, float, float]:
     """Train one epoch; return the mean loss, the share of right answers and the learning rate of the last step."""
@@ -223,6 +185,9 @@ def _train_epoch(
             scores = model(x)
         check_scores(scores, y, "train")
         loss = classification_loss(scores, y, settings, _teacher_scores(teacher, x, settings))
+        for term in (hook.loss(model) for hook in hooks):
+            if term is not None:
+                loss = loss + term
         value = float(loss.detach())
         if not math.isfinite(value):
             raise TrainError(
@@ -236,6 +201,8 @@ def _train_epoch(
         rate = float(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
+        for hook in hooks:
+            hook.step_end(model)
         total += value * int(y.shape[0])
         n += int(y.shape[0])
         right += int((scores.detach().argmax(1) == y).sum())

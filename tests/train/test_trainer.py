@@ -14,7 +14,8 @@ from qat.errors import DataError, TrainError
 from qat.train.data import Split
 from qat.train.evaluate import evaluate, evaluation_mode
 from qat.train.settings import DistillSettings, OptimizerSettings, ScheduleSettings, TrainSettings
-from qat.train.trainer import EpochRecord, Hook, classification_loss, fit, parameter_groups, rate_factor
+from qat.train.hooks import EpochRecord, Hook
+from qat.train.trainer import classification_loss, fit, parameter_groups, rate_factor
 
 
 def blobs(n: int = 96, batch_size: int = 16, name: str = "train", classes: int = 3) -> Split:
@@ -241,3 +242,20 @@ def test_unlabelled_and_empty_splits_are_refused() -> None:
     empty = Split("test", 0, 1, lambda _: iter([]))
     with pytest.raises(DataError, match="no images"):
         evaluate(small(), empty)
+
+
+def test_a_hook_adds_to_the_loss_and_works_after_every_step() -> None:
+    steps: list[float] = []
+
+    class Pull(Hook):
+        def loss(self, model: nn.Module) -> Tensor:
+            return 100.0 * sum((p**2).sum() for p in model.parameters())  # type: ignore[return-value]
+
+        def step_end(self, model: nn.Module) -> None:
+            steps.append(float(sum((p.detach() ** 2).sum() for p in model.parameters())))
+
+    settings = TrainSettings(optimizer=OptimizerSettings(lr=1e-3, momentum=0.0))
+    (record,) = fit(small(), blobs(), settings, hooks=[Pull()])
+    assert len(steps) == 6
+    assert steps[-1] < 0.5 * steps[0]
+    assert record.loss > 100.0 * steps[-1]
