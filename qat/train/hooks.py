@@ -47,7 +47,7 @@ class Hook:
     def epoch_start(self, model: nn.Module, epoch: int) -> None:
         """Before epoch `epoch` (from 0)."""
 
-    def loss(self, model: nn.Module) -> Tensor | None:
+    def loss(self, model: nn.Module) -> Tensor | None:  # noqa: ARG002 - for those that override it
         """Return a scalar that is added to the loss of a step, or None; called after the forward pass."""
         return None
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from qat.errors import DataError, TrainError
 from qat.train.data import Split
 from qat.train.evaluate import evaluate, evaluation_mode
-from qat.train.settings import DistillSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from qat.train.hooks import EpochRecord, Hook
+from qat.train.settings import DistillSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from qat.train.trainer import classification_loss, fit, parameter_groups, rate_factor
 
 
