@@ -93,7 +93,7 @@ def calibrate(
             # the rows that an observer counts are more where it serves several places, or sees windows of images
             quantizer.samples.clamp_(max=total)
         if auto:
-            choose_ranges(qmodel, auto, replayed if once else _inputs(qmodel, batches, samples))
+            choose_ranges(qmodel, auto, lambda: replayed if once else _inputs(qmodel, batches, samples))
         done: set[int] = set()
         for _, weight_quantizer, weight in qmodel.weight_quantizers():
             if id(weight_quantizer) not in done and (only == "all" or not weight_quantizer.ready):

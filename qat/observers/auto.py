@@ -1,4 +1,4 @@
-"""The observer whose range the consuming layers choose: candidates from one histogram."""
+"""The observer whose range is chosen by what it does behind the tensor: candidates from one histogram."""
 
 from __future__ import annotations
 
@@ -32,16 +32,22 @@ class AutoObserver(BinnedObserver):
     """Collects one histogram, from which several methods give candidates; the layers that read the tensor choose.
 
     `qat.calibrate` looks at the data a second time and, for each tensor with this observer, takes the candidate with
-    the least squared error at the outputs of the layers that read it (`qat.algorithms.auto_ranges`). By itself, as for
-    a weight, it is the candidate with the least squared error of the tensor: `histogram`.
+    the least squared error at the outputs of the model, or with `error: layer` of the layers that read the tensor
+    (`qat.algorithms.auto_ranges`). By itself, as for a weight, it is the candidate with the least squared error of the
+    tensor: `histogram`.
 
     Memory and merging: as `BinnedObserver`, with 8 mantissa bits: 1 MiB a tensor; 64 KiB a channel.
     """
 
     OPTIONS: ClassVar[Mapping[str, Option]] = MappingProxyType(
-        {"mantissa_bits": Option(int, None, 0, 10, about="fineness of the bins; 8, or 4 by channel")}
+        {
+            "error": Option(str, "output", choices=("output", "layer"), about="whose error counts"),
+            "mantissa_bits": Option(int, None, 0, 10, about="fineness of the bins; 8, or 4 by channel"),
+        }
     )
-    about: ClassVar[str] = "of several methods the one with the least error after the layers that read the tensor"
+    about: ClassVar[str] = (
+        "of several methods the one with the least error behind the tensor"
+    )
     source: ClassVar[str] = "qat's own"
     fineness: ClassVar[tuple[int, int]] = (8, 4)
 

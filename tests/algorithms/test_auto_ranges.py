@@ -22,6 +22,7 @@ from qat.observers import AutoObserver
 pytestmark = pytest.mark.filterwarnings("ignore::qat.errors.QuantizationWarning")
 TARGET = qat.load_target("onnxruntime-cpu")
 AUTO = {"activations": {"observer": "auto"}}
+BY_LAYER = {"activations": {"observer": {"name": "auto", "error": "layer"}}}
 
 
 class Net(nn.Module):
@@ -57,7 +58,7 @@ def prepared(scheme: Any = None, model: nn.Module | None = None) -> PreparedMode
 
 def test_the_chosen_range_is_the_best_for_the_reading_layer() -> None:
     """What reads the input is conv1, with its norm and ReLU: done here by hand."""
-    qmodel = prepared()
+    qmodel = prepared(BY_LAYER)
     x = images()
     qat.calibrate(qmodel, [x[:20], x[20:]])
     encoding = qmodel.encodings()["x"]
