@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from qat.errors import DataError
-from qat.train.data.base import Batch, Data, Split, fixed_subset, generator, index_batches
+from qat.train.data.base import Batch, Data, Split, fixed_subset, generator, held_out, index_batches
 from qat.train.data.spec import DataSpec, ImageFormat
-from qat.train.data.transforms import augment_tensor, place_tensor, to_format, to_values
+from qat.train.data.transforms import draw_variation, place_tensor, to_format, to_values, vary
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,18 @@ def array_data(arrays: Arrays, spec: DataSpec) -> Data:
     # the calibration images are drawn from those that are trained on, so that a limit never widens the data
     # seen
     x, y = _limited(arrays.x_train, arrays.y_train, spec, "train")
+    validation = None
+    if spec.validation:
+        stay, out = held_out(x.shape[0], spec.validation, spec.seed)
+        validation = _split("validation", x[out], y[out], spec, arrays.brightest)
+        x, y = x[stay], y[stay]
     return Data(
         train=_split("train", x, y, spec, arrays.brightest),
         calibration=_split("calibration", *_limited(x, y, spec, "calibration"), spec, arrays.brightest),
         test=_split("test", *_limited(arrays.x_test, arrays.y_test, spec, "test"), spec, arrays.brightest),
         num_classes=arrays.num_classes,
         input_shape=(int(placed[0]), int(placed[1]), int(placed[2])),
+        validation=validation,
     )
 
 
@@ -76,15 +82,17 @@ def _limited(x: Tensor, y: Tensor, spec: DataSpec, name: str) -> tuple[Tensor, T
 
 def _split(name: str, x: Tensor, y: Tensor, spec: DataSpec, brightest: int) -> Split:
     n, training = int(x.shape[0]), name == "train"
-    drop_last = training and n > spec.batch_size
+    drop_last = training and n > spec.batch_size and spec.last_batch == "drop"
 
-    def batches(epoch: int) -> Iterator[Batch]:
+    def batches(epoch: int, first: int = 0) -> Iterator[Batch]:
         random = generator(spec.seed, epoch + 1 if training else 0)
-        order = torch.arange(n) if name == "test" else torch.randperm(n, generator=random)
-        for index in index_batches(n, spec.batch_size, order, drop_last):
+        order = torch.arange(n) if name in ("test", "validation") else torch.randperm(n, generator=random)
+        # drawn for the whole epoch at once: what an image gets does not depend on which batches are made
+        draws = draw_variation(n, spec.augment, random) if training else None
+        for index in index_batches(n, spec.batch_size, order, drop_last, first):
             pixels = place_tensor(to_format(x[index], spec.input.format), spec.input)
-            if training:
-                pixels = augment_tensor(pixels, spec.augment, random)
+            if draws is not None:
+                pixels = vary(pixels, draws.of(index))
             yield to_values(pixels, spec.input, brightest), y[index]
 
-    return Split(name, n, spec.batch_size, batches, drop_last=drop_last)
+    return Split(name, n, spec.batch_size, batches, drop_last=drop_last, batches_from=batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -44,6 +45,8 @@ class Split:
         batches: Gives the batches of an epoch; the same epoch always gives the same batches.
         labelled: Whether the class numbers mean something.
         drop_last: Whether a last, smaller batch is left out.
+        batches_from: Gives the batches of an epoch from a later one on, the very same as `batches` would, without
+            making the earlier ones; None where that cannot be.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Split:
     batches: Callable[[int], Iterator[Batch]]
     labelled: bool = True
     drop_last: bool = False
+    batches_from: Callable[[int, int], Iterator[Batch]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         return self.batches(0)
@@ -60,6 +64,14 @@ class Split:
     def steps(self) -> int:
         """Batches in an epoch."""
         return self.n // self.batch_size if self.drop_last else -(-self.n // self.batch_size)
+
+    def remaining(self, epoch: int, first: int) -> Iterator[Batch]:
+        """Give the batches of an epoch without its first `first` ones, which are made and dropped only if need be."""
+        if first == 0:
+            return self.batches(epoch)
+        if self.batches_from is not None:
+            return self.batches_from(epoch, first)
+        return itertools.islice(self.batches(epoch), first, None)
 
     def images(self, count: int | None = None) -> Iterator[Tensor]:
         """Give batches of images only, `count` images in all, or every image where there are fewer."""
@@ -90,6 +102,7 @@ class Data:
         train: Shuffled and augmented; None where there are no training images.
         calibration: In a fixed random order, never augmented.
         test: In order; None where there are no test images.
+        validation: Training images that were held out, in order, never augmented; None where none were asked for.
         num_classes: Number of classes; 0 where nothing is labelled.
         input_shape: (C, H, W) of one image.
         skipped: Files that were skipped so far.
@@ -100,6 +113,7 @@ class Data:
     test: Split | None
     num_classes: int
     input_shape: tuple[int, int, int]
+    validation: Split | None = None
     skipped: Skipped = field(default_factory=Skipped)
 
 
@@ -116,8 +130,20 @@ def fixed_subset(n: int, limit: int | None, seed: int) -> Tensor:
     return torch.randperm(n, generator=generator(seed, 0))[:limit].sort().values
 
 
-def index_batches(n: int, batch_size: int, order: Tensor, drop_last: bool) -> Iterator[Tensor]:
-    """Give the indices of each batch."""
+def held_out(n: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the sorted indices that stay for training and those held out for validation, drawn by the seed.
+
+    Raises:
+        DataError: Nothing would stay.
+    """
+    if count >= n:
+        raise DataError(f"data.validation holds out {count} of {n} training images", "leave some to train on")
+    drawn = torch.randperm(n, generator=generator(seed, 0, 1))
+    return drawn[count:].sort().values, drawn[:count].sort().values
+
+
+def index_batches(n: int, batch_size: int, order: Tensor, drop_last: bool, first: int = 0) -> Iterator[Tensor]:
+    """Give the indices of each batch, from the batch `first` on."""
     stop = n - n % batch_size if drop_last else n
-    for start in range(0, stop, batch_size):
+    for start in range(first * batch_size, stop, batch_size):
         yield order[start : start + batch_size]

@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from qat.errors import DataError
-from qat.train.data.base import Batch, Data, Skipped, Split, fixed_subset, generator, index_batches
+from qat.train.data.base import Batch, Data, Skipped, Split, fixed_subset, generator, held_out, index_batches
 from qat.train.data.spec import DataSpec
 from qat.train.data.transforms import augment_tensor, image_pixels, place_image, random_area_image, to_values
 
@@ -63,6 +63,11 @@ def load_image_folder(spec: DataSpec) -> Data:
         for name, folder in folders.items()
         if folder is not None
     }
+    if spec.validation and "train" in found:
+        stay, out = held_out(len(found["train"].paths), spec.validation, spec.seed)
+        found["validation"], found["train"] = (_chosen(found["train"], part) for part in (out, stay))
+        if spec.calibration is None:
+            found["calibration"] = _limited(found["train"], spec, "calibration")
     shape = spec.input.shape("RGB", None) or _first_shape(found["calibration"], spec, skipped)
     splits = {name: _split(name, files, spec, shape, skipped) for name, files in found.items()}
     labelled = [files for files in found.values() if files.labels[0] >= 0]
@@ -72,6 +77,7 @@ def load_image_folder(spec: DataSpec) -> Data:
         test=splits.get("test") if found.get("test") in labelled else None,
         num_classes=max(numbers.values()) + 1 if labelled else 0,
         input_shape=shape,
+        validation=splits.get("validation") if found.get("train") in labelled else None,
         skipped=skipped,
     )
 
@@ -147,7 +153,11 @@ def _list(folder: Path, numbers: Mapping[str, int], ignore: Path | None, skip_ba
 
 
 def _limited(files: _Files, spec: DataSpec, name: str) -> _Files:
-    chosen = fixed_subset(len(files.paths), spec.limit.get(name), spec.seed).tolist()
+    return _chosen(files, fixed_subset(len(files.paths), spec.limit.get(name), spec.seed))
+
+
+def _chosen(files: _Files, index: Tensor) -> _Files:
+    chosen = index.tolist()
     return replace(files, paths=tuple(files.paths[i] for i in chosen), labels=tuple(files.labels[i] for i in chosen))
 
 
@@ -184,7 +194,7 @@ def _first_shape(files: _Files, spec: DataSpec, skipped: Skipped) -> tuple[int, 
 
 def _split(name: str, files: _Files, spec: DataSpec, shape: tuple[int, int, int], skipped: Skipped) -> Split:
     n, training = len(files.paths), name == "train"
-    drop_last = training and n > spec.batch_size
+    drop_last = training and n > spec.batch_size and spec.last_batch == "drop"
     size = shape[1:]
 
     def load(item: int, epoch: int) -> Tensor | None:
@@ -209,20 +219,24 @@ def _split(name: str, files: _Files, spec: DataSpec, shape: tuple[int, int, int]
         pixels = image_pixels(image, spec.input.format or "RGB")
         return augment_tensor(pixels.unsqueeze(0), spec.augment, random)[0] if training else pixels
 
-    def batches(epoch: int) -> Iterator[Batch]:
+    def batches(epoch: int, first: int = 0) -> Iterator[Batch]:
         random = generator(spec.seed, epoch + 1 if training else 0)
-        order = torch.arange(n) if name == "test" else torch.randperm(n, generator=random)
+        order = torch.arange(n) if name in ("test", "validation") else torch.randperm(n, generator=random)
         some = False
-        for index, images in _ahead(index_batches(n, spec.batch_size, order, drop_last), load, epoch, spec.workers):
+        chosen = index_batches(n, spec.batch_size, order, drop_last, first)
+        for index, images in _ahead(chosen, load, epoch, spec.workers):
             kept = [(image, files.labels[i]) for i, image in zip(index, images, strict=True) if image is not None]
             if kept:
                 some = True
                 pixels = torch.stack([image for image, _ in kept])
                 yield to_values(pixels, spec.input), torch.tensor([label for _, label in kept])
-        if not some:
+        if not some and first == 0:
             raise DataError(f"{files.folder} has no readable image", "put at least one there")
 
-    return Split(name, n, spec.batch_size, batches, labelled=files.labels[0] >= 0, drop_last=drop_last)
+    # a batch of unreadable files only is left out, so where those are skipped, batches cannot be counted unseen
+    batches_from = None if spec.skip_bad else batches
+    labelled = files.labels[0] >= 0
+    return Split(name, n, spec.batch_size, batches, labelled, drop_last, batches_from)
 
 
 def _ahead(

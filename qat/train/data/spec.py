@@ -102,6 +102,9 @@ class DataSpec:
         augment: Variation of training images.
         seed: Seed of shuffling and augmentation.
         limit: Largest number of images of a split (`train`, `calibration`, `test`), drawn evenly by the seed.
+        validation: Training images that are held out to watch training by; 0 for none.
+        last_batch: `drop` leaves the last batch of a training epoch out where it would be smaller than the others
+            (and is not the only one); `keep` trains on it too.
         skip_bad: Skip files that cannot be read as an image, and count them, instead of stopping.
         workers: Threads that decode images; only image folders use them.
         train: Sub-folder of training images (image folders).
@@ -118,6 +121,8 @@ class DataSpec:
     augment: AugmentSpec = field(default_factory=AugmentSpec)
     seed: int = 0
     limit: Mapping[str, int] = field(default_factory=dict)
+    validation: int = 0
+    last_batch: Literal["drop", "keep"] = "drop"
     skip_bad: bool = False
     workers: int = 1
     train: str | None = "train"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -81,23 +82,54 @@ def to_values(pixels: Tensor, spec: InputSpec, brightest: int = 255) -> Tensor:
     return values
 
 
-def augment_tensor(pixels: Tensor, spec: AugmentSpec, random: torch.Generator) -> Tensor:
-    """Vary a batch of pixels (N, C, H, W): padded random crop, then mirror."""
-    count, _, height, width = pixels.shape
-    if spec.crop_padding:
-        pad = spec.crop_padding
+@dataclass(frozen=True)
+class Variation:
+    """How each of some images is varied.
+
+    Attributes:
+        padding: Pixels of black on each side before the crop.
+        corners: (N, 2) upper left corner (top, left) of each crop of the padded image; None for no crop.
+        mirrored: (N,) whether the image is mirrored left to right; None for never.
+    """
+
+    padding: int
+    corners: Tensor | None
+    mirrored: Tensor | None
+
+    def of(self, index: Tensor) -> Variation:
+        """Return the variation of some of the images."""
+        corners, mirrored = (None if v is None else v[index] for v in (self.corners, self.mirrored))
+        return Variation(self.padding, corners, mirrored)
+
+
+def draw_variation(count: int, spec: AugmentSpec, random: torch.Generator) -> Variation:
+    """Draw how `count` images are varied."""
+    pad = spec.crop_padding
+    corners = torch.randint(0, 2 * pad + 1, (count, 2), generator=random) if pad else None
+    mirrored = torch.rand(count, generator=random) < 0.5 if spec.flip else None
+    return Variation(pad, corners, mirrored)
+
+
+def vary(pixels: Tensor, variation: Variation) -> Tensor:
+    """Vary pixels (N, C, H, W): padded crop, then mirror."""
+    height, width = pixels.shape[-2:]
+    if variation.corners is not None:
+        pad = variation.padding
         wide = functional.pad(pixels, (pad, pad, pad, pad))
-        corners = torch.randint(0, 2 * pad + 1, (count, 2), generator=random).tolist()
         pixels = torch.stack(
             [
                 image[:, top : top + height, left : left + width]
-                for image, (top, left) in zip(wide, corners, strict=True)
+                for image, (top, left) in zip(wide, variation.corners.tolist(), strict=True)
             ]
         )
-    if spec.flip:
-        mirrored = torch.rand(count, generator=random) < 0.5
-        pixels = torch.where(mirrored.reshape(-1, 1, 1, 1), pixels.flip(-1), pixels)
+    if variation.mirrored is not None:
+        pixels = torch.where(variation.mirrored.reshape(-1, 1, 1, 1), pixels.flip(-1), pixels)
     return pixels
+
+
+def augment_tensor(pixels: Tensor, spec: AugmentSpec, random: torch.Generator) -> Tensor:
+    """Vary a batch of pixels (N, C, H, W): padded random crop, then mirror."""
+    return vary(pixels, draw_variation(pixels.shape[0], spec, random))
 
 
 def place_image(image: Image.Image, spec: InputSpec) -> Image.Image:
