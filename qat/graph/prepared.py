@@ -20,6 +20,7 @@ from qat.graph.structure import Structure
 from qat.quantizers import FakeQuantize, Phase, WeightFakeQuantize
 from qat.quantizers.phases import (
     FLOAT,
+    FOLLOW,
     OBSERVE,
     QUANTIZE,
     TRACK,
@@ -33,7 +34,13 @@ QUANTIZERS = "quantizers"
 _OWN_ATTRIBUTES = frozenset(
     {QUANTIZERS, "opgraph", "plan", "input_dtypes", "structure", "samples", "_frozen", "_graph", "_fused", "_run"}
 )
-PHASES: Mapping[str, Phase] = {"float": FLOAT, "observe": OBSERVE, "quantize": QUANTIZE, "track": TRACK}
+PHASES: Mapping[str, Phase] = {
+    "float": FLOAT,
+    "observe": OBSERVE,
+    "follow": FOLLOW,
+    "track": TRACK,
+    "quantize": QUANTIZE,
+}
 
 
 def quantizer_key(name: str) -> str:
@@ -161,7 +168,7 @@ class PreparedModel(nn.Module):
     # -- phases
 
     def set_phase(self, phase: Phase | str) -> None:
-        """Set the phase of every quantizer: `float`, `observe`, `quantize`, `track`, or a `Phase`.
+        """Set the phase of every quantizer: `float`, `observe`, `follow`, `track`, `quantize`, or a `Phase`.
 
         Raises:
             StateError: There is no such phase.

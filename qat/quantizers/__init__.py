@@ -6,6 +6,7 @@ from qat.quantizers.activation import FakeQuantize
 from qat.quantizers.base import Phase, Quantizer
 from qat.quantizers.phases import (
     FLOAT,
+    FOLLOW,
     OBSERVE,
     QUANTIZE,
     TRACK,
@@ -20,6 +21,7 @@ from qat.quantizers.weight import WeightFakeQuantize
 
 __all__ = [
     "FLOAT",
+    "FOLLOW",
     "OBSERVE",
     "QUANTIZE",
     "TRACK",

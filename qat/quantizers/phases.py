@@ -16,6 +16,8 @@ FLOAT = Phase()
 OBSERVE = Phase(observing=True)
 #: fake quantization with ranges that stay as they are
 QUANTIZE = Phase(quantizing=True)
+#: values stay float, ranges follow the activations in training mode
+FOLLOW = Phase(tracking=True)
 #: fake quantization with ranges that follow the activations in training mode
 TRACK = Phase(quantizing=True, tracking=True)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qat.errors import CheckpointError
 from qat.files import atomic_write_bytes
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: key of our JSON document in the metadata of a safetensors header
 _KEY = "qat"
 #: names under which training scripts commonly nest the weights
@@ -48,6 +48,20 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:32]
 
 
+def _checksum(tensors: Mapping[str, Tensor], info: str) -> str:
+    """Return a hash of the bits of all tensors and of the notes."""
+    digest = hashlib.sha256(info.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        # a view of bytes, for numpy knows no bfloat16
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _notes(info: object) -> str:
+    return json.dumps(info, sort_keys=True)
+
+
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str, Any] | None = None) -> None:
     """Write a checkpoint, whole or not at all.
 
@@ -63,13 +77,14 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{name!r} of the state is a {type(tensor).__name__}", "keep state in tensors only")
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     document = {
         "schema": "qat-checkpoint",
         "version": SCHEMA_VERSION,
         "fingerprint": fingerprint(tensors),
         "info": dict(info or {}),
+        "sha256": _checksum(own, _notes(dict(info or {}))),
     }
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     atomic_write_bytes(path, save_safetensors(own, {_KEY: json.dumps(document), "format": "pt"}))
 
 
@@ -77,19 +92,22 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read a checkpoint that `save_checkpoint` wrote.
 
     Raises:
-        CheckpointError: The file is missing, truncated, no safetensors file, no checkpoint, or of a newer
+        CheckpointError: The file is missing, truncated, changed, no safetensors file, no checkpoint, or of another
             version.
     """
     tensors, metadata = _read_safetensors(path)
     try:
         document = json.loads(metadata[_KEY])
         version, mark, info = document["version"], document["fingerprint"], document["info"]
+        checksum = document.get("sha256")
     except (KeyError, ValueError, TypeError):
         raise CheckpointError(f"{path} is not a checkpoint of qat", "give one that `qat run` wrote") from None
     if version != SCHEMA_VERSION:
         raise CheckpointError(f"{path} has version {version!r} of the schema", f"this qat reads {SCHEMA_VERSION}")
     if mark != fingerprint(tensors):
         raise CheckpointError(f"{path} does not hold the tensors that its header describes", "write it again")
+    if checksum != _checksum(tensors, _notes(info)):
+        raise CheckpointError(f"{path} is damaged: its checksum is another", "copy the file again")
     return Checkpoint(tensors, str(mark), dict(info))
 
 

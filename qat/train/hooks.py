@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ class EpochRecord:
         top1: Share of training images that were classified rightly on the way.
         lr: Learning rate of the last step.
         seconds: Wall time.
+        validation_top1: Share of the validation images that are classified rightly; None without such images.
+        validation_loss: Mean cross-entropy of the validation images, nats; None without such images.
     """
 
     epoch: int
@@ -26,16 +28,12 @@ class EpochRecord:
     top1: float
     lr: float
     seconds: float
+    validation_top1: float | None = None
+    validation_loss: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the JSON object."""
-        return {
-            "epoch": self.epoch,
-            "loss": self.loss,
-            "top1": self.top1,
-            "lr": self.lr,
-            "seconds": self.seconds,
-        }
+        """Return the JSON object; what was not measured is left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 class Hook:

@@ -21,8 +21,20 @@ class Progress(Protocol[T_co]):
         """Show some text behind the bar."""
 
 
-def progress(items: Iterable[T], *, description: str, total: int | None = None, quiet: bool = False) -> Progress[T]:
-    """Wrap an iterable in a progress bar on standard error, unless that is not a terminal or `quiet`."""
+def progress(
+    items: Iterable[T], *, description: str, total: int | None = None, initial: int = 0, quiet: bool = False
+) -> Progress[T]:
+    """Wrap an iterable in a progress bar on standard error, unless that is not a terminal or `quiet`.
+
+    Args:
+        items: What is gone through.
+        description: Text before the bar.
+        total: How many there are, those that were done before among them.
+        initial: How many were done before.
+        quiet: No bar.
+    """
     hidden = quiet or not sys.stderr.isatty()
-    bar: Progress[T] = tqdm(items, desc=description, total=total, disable=hidden, leave=False, dynamic_ncols=True)
+    bar: Progress[T] = tqdm(
+        items, desc=description, total=total, initial=initial, disable=hidden, leave=False, dynamic_ncols=True
+    )
     return bar

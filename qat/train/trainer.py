@@ -1,23 +1,31 @@
-"""A plain training loop for classifiers, float or prepared for quantization."""
+"""A training loop for classifiers, float or prepared for quantization, that can be stopped and resumed anywhere."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.errors import DataError, TrainError
+from qat.train.checkpoint import load_state
 from qat.train.data import Split
-from qat.train.evaluate import check_scores, device_of, evaluation_mode
+from qat.train.ema import WeightAverage
+from qat.train.evaluate import Metrics, check_scores, device_of, evaluate
+from qat.train.guard import Guard
 from qat.train.hooks import EpochRecord, Hook
+from qat.train.log import StepRecord, TrainingLog
+from qat.train.objective import Objective
+from qat.train.optimizer import make_optimizer, set_rate, trained_parameters
 from qat.train.progress import progress
-from qat.train.settings import OptimizerSettings, ScheduleSettings, TrainSettings
+from qat.train.schedule import norms_frozen_at, phase_at, rate_factor
+from qat.train.settings import TrainSettings
+from qat.train.state import Parts, Position, Snapshot, Tally
+from qat.train.store import TrainingCheckpoints
 
 
 @runtime_checkable
@@ -25,77 +33,14 @@ class Prepared(Protocol):
     """What the loop needs of a model that was prepared for quantization."""
 
     def set_phase(self, phase: str) -> Any:
-        """Switch to `quantize` (ranges stand still) or `track` (ranges follow the data)."""
+        """Switch to `follow` (float, ranges follow the data), `track` (they do too) or `quantize` (they do not)."""
 
     def freeze_batch_norm(self) -> Any:
         """Let batch norm statistics stand still."""
 
 
-def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Split the trainable parameters into those with and without weight decay.
-
-    Weights of two or more dimensions decay; biases, norms and scales (all of fewer dimensions) and the
-    parameters of quantizers do not, unless `decay_all`.
-
-    Raises:
-        DataError: The model has no trainable parameter.
-    """
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        weight = parameter.ndim >= 2 and not name.startswith("quantizers.")
-        (decayed if settings.decay_all or weight else others).append(parameter)
-    groups = [
-        {"params": group, "weight_decay": decay}
-        for group, decay in ((decayed, settings.weight_decay), (others, 0.0))
-        if group
-    ]
-    if not groups:
-        raise DataError("the model has no trainable parameter", "leave out the train stage, or unfreeze some")
-    return groups
-
-
-def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Make the optimizer of a model's trainable parameters."""
-    groups = parameter_groups(model, settings)
-    if settings.name == "sgd":
-        return torch.optim.SGD(groups, settings.lr, momentum=settings.momentum, nesterov=settings.nesterov)
-    kind = torch.optim.Adam if settings.name == "adam" else torch.optim.AdamW
-    return kind(groups, settings.lr, betas=settings.betas)
-
-
-def rate_factor(settings: ScheduleSettings, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """Return what the learning rate is multiplied with at `step` (from 0)."""
-    warmup = round(settings.warmup_epochs * steps_per_epoch)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    if settings.name == "cosine":
-        whole = max(1, epochs * steps_per_epoch - warmup)
-        part = min(1.0, (step - warmup) / whole)
-        return settings.final + (1.0 - settings.final) * 0.5 * (1.0 + math.cos(math.pi * part))
-    if settings.name == "step":
-        return float(settings.gamma ** (step // (settings.step_epochs * steps_per_epoch)))
-    return 1.0
-
-
-def classification_loss(
-    scores: Tensor, y: Tensor, settings: TrainSettings, teacher_scores: Tensor | None = None
-) -> Tensor:
-    """Return the loss of a batch: cross-entropy, mixed with distillation where there is a teacher."""
-    scores = scores.float()
-    loss = functional.cross_entropy(scores, y, label_smoothing=settings.label_smoothing)
-    if settings.distill is None or teacher_scores is None:
-        return loss
-    t = settings.distill.temperature
-    soft = functional.kl_div(
-        functional.log_softmax(scores / t, 1),
-        functional.log_softmax(teacher_scores.float() / t, 1),
-        reduction="batchmean",
-        log_target=True,
-    )
-    return (1.0 - settings.distill.weight) * loss + settings.distill.weight * t * t * soft
+def _silent(line: str) -> None:
+    """Say nothing."""
 
 
 def fit(
@@ -105,10 +50,17 @@ def fit(
     *,
     teacher: nn.Module | None = None,
     hooks: Sequence[Hook] = (),
+    validation: Split | None = None,
+    store: TrainingCheckpoints | None = None,
+    log: TrainingLog | None = None,
+    say: Callable[[str], None] = _silent,
     quiet: bool = False,
     description: str = "train",
 ) -> list[EpochRecord]:
     """Train a classifier in place; it is left in evaluation mode.
+
+    With a `store` that holds checkpoints of this very training, it goes on from the newest one that is whole, and ends
+    with the bits that it would have had without interruption (same machine, torch, number of threads and processes).
 
     Args:
         model: Gives scores (N, classes) for images (N, C, H, W) float32. A model that has `set_phase` and
@@ -116,105 +68,380 @@ def fit(
         split: Labelled training images.
         settings: How.
         teacher: The float model, where `settings.distill` is given; not changed.
-        hooks: Called around every epoch, in order.
+        hooks: What takes part, in order.
+        validation: Labelled images that each epoch is measured on, or None.
+        store: Where checkpoints are written to, or None.
+        log: What is told about steps and epochs, or None.
+        say: Gets lines about what is out of the ordinary.
         quiet: No progress bar.
         description: Text of the progress bar.
 
+    Returns:
+        One record an epoch, those before an interruption among them.
+
     Raises:
-        DataError: The split has no labels, or the scores do not fit them.
-        TrainError: The loss is not finite; epoch and step are named.
+        DataError: The split has no labels, the scores do not fit them, or images hold nan or inf.
+        TrainError: Training diverges for all that the guard does; epoch and step are named. Or distillation without a
+            float model, or hooks of one name.
+        CheckpointError: A checkpoint in the store is of another model or number of processes.
+        OutputError: A checkpoint or the log cannot be written, or will not fit on the disk.
     """
     if not split.labelled or split.steps == 0:
         raise DataError("the train split has no labelled images", "put the images in class folders or give labels")
-    if settings.distill is not None and teacher is None:
-        raise TrainError("distillation without a float model", "pass the teacher, or leave out distill")
-    optimizer = make_optimizer(model, settings.optimizer)
-    steps = split.steps
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_factor(settings.schedule, step, steps, settings.epochs)
-    )
-    records = []
-    model.train()
-    if isinstance(model, Prepared):
-        model.set_phase("track")
-    for epoch in range(settings.epochs):
-        if isinstance(model, Prepared):
-            if epoch == settings.freeze_ranges_after:
-                model.set_phase("quantize")
-            if epoch == settings.freeze_bn_after:
-                model.freeze_batch_norm()
-        for hook in hooks:
-            hook.epoch_start(model, epoch)
-        start = time.perf_counter()
+    objective = Objective(model, settings, teacher)
+    with objective.watching():
+        loop = _Loop(model, split, settings, objective, hooks, validation, store, log, say, quiet, description)
+        return loop.run()
+
+
+class _DivergedError(Exception):
+    """Something about the last step says that training diverges."""
+
+
+class _Loop:
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        settings: TrainSettings,
+        objective: Objective,
+        hooks: Sequence[Hook],
+        validation: Split | None,
+        store: TrainingCheckpoints | None,
+        log: TrainingLog | None,
+        say: Callable[[str], None],
+        quiet: bool,
+        description: str,
+    ) -> None:
+        self.model, self.split, self.settings, self.objective = model, split, settings, objective
+        self.hooks, self.validation, self.store, self.log = hooks, validation, store, log
+        self.say, self.quiet, self.description = say, quiet, description
+        self.device = device_of(model)
+        self.optimizer = make_optimizer(model, settings.optimizer, settings.quantizer_lr)
+        self.parameters = trained_parameters(self.optimizer)
+        self.average = None if settings.ema is None else WeightAverage(model, settings.ema)
+        self.parts = Parts(model, self.optimizer, self.average, hooks, Guard(settings.guard))
+        self.guard = self.parts.guard
+        self.at = Position()
+        #: the last state that training can go back to
+        self.good: Snapshot | None = None
+        self.best: Mapping[str, Tensor] = {}
+        self._phase: str | None = None
+        self._norms_frozen = False
+        #: images whose gradients are summed up since the last step of the optimizer
+        self._pending = self._pending_batches = 0
+        self._told: set[str] = set()
+        self._saved_at = time.monotonic()
+
+    # -- the whole
+
+    def run(self) -> list[EpochRecord]:
+        self.model.train()
+        self._begin()
+        while self.at.epoch < self.settings.epochs and not self.at.stopped:
+            try:
+                self._epoch()
+            except _DivergedError as cause:
+                self._go_back(str(cause))
+        self._finish()
+        return self.at.records
+
+    def _begin(self) -> None:
+        left_out = self.split.n % self.split.batch_size
+        if self.split.drop_last and left_out:
+            self.say(
+                f"  {left_out} of {self.split.n} training images, others in each epoch, make no whole batch of "
+                f"{self.split.batch_size} and are left out (data.last_batch: keep trains on them too)"
+            )
+        if self.store is not None:
+            self.store.require_space(self._checkpoint_size())
+        found = None if self.store is None else self.store.latest(self.say)
+        if found is None:
+            if self.log is not None:
+                self.log.begin()
+            if self.settings.guard.retries > 0:
+                self.good = self._snapshot()
+            return
+        self._restore(found, "the checkpoint")
+        if self.store is not None and self.at.best_epoch is not None:
+            self.best = self.store.load_best(self.at.best_epoch)
+        self.good = found
+        over = self.at.epoch >= self.settings.epochs or self.at.stopped
+        place = "after the last epoch" if over else f"at epoch {self.at.epoch + 1}, step {self.at.step + 1}"
+        self.say(f"  resuming {place}")
+
+    def _finish(self) -> None:
+        if self.settings.patience is not None and self.best:
+            load_state(self.model, self.best, "the best epoch's model")
+            self.say(f"  the model of epoch {self.at.best_epoch} is kept")
+        elif self.average is not None:
+            self.average.store()
+        if isinstance(self.model, Prepared):
+            self.model.set_phase("quantize")
+        self.model.eval()
+        if self.log is not None:
+            self.log.close()
+
+    # -- an epoch
+
+    def _epoch(self) -> None:
+        at = self.at
+        self._adjust()
+        if at.step == 0:
+            for hook in self.hooks:
+                hook.epoch_start(self.model, at.epoch)
         bar = progress(
-            split.batches(epoch),
-            description=f"{description} {epoch + 1}/{settings.epochs}",
-            total=steps,
-            quiet=quiet,
+            self.split.remaining(at.epoch, at.step),
+            description=f"{self.description} {at.epoch + 1}/{self.settings.epochs}",
+            total=self.split.steps,
+            initial=at.step,
+            quiet=self.quiet,
         )
-        with contextlib.nullcontext() if teacher is None else evaluation_mode(teacher):
-            loss, top1, rate = _train_epoch(model, bar, settings, optimizer, scheduler, teacher, hooks, epoch)
-        record = EpochRecord(epoch + 1, loss, top1, rate, time.perf_counter() - start)
-        records.append(record)
-        for hook in hooks:
-            hook.epoch_end(model, record)
-    if isinstance(model, Prepared):
-        model.set_phase("quantize")
-    model.eval()
-    return records
+        start, before = time.perf_counter(), at.seconds
+        for done, (x, y) in enumerate(bar, 1):
+            self._batch(x.to(self.device), y.to(self.device))
+            at.seconds = before + time.perf_counter() - start
+            left = (at.seconds - before) / done * (self._steps_in_all() - self._steps_done())
+            bar.set_postfix_str(
+                f"loss {at.tally.mean:.4f}, top-1 {100 * at.tally.top1:.2f} %, {duration(left)} left", refresh=False
+            )
+        if self._pending:
+            self._update()
+        if at.tally.n == 0:
+            raise DataError("the train split has no images", "give at least one")
+        self._end_epoch()
 
+    def _end_epoch(self) -> None:
+        at = self.at
+        measured = self._validate()
+        record = EpochRecord(
+            at.epoch + 1,
+            at.tally.mean,
+            at.tally.top1,
+            at.lr,
+            at.seconds,
+            None if measured is None else measured.top1,
+            None if measured is None else measured.loss,
+        )
+        at.records.append(record)
+        for hook in self.hooks:
+            hook.epoch_end(self.model, record)
+        self._judge(record)
+        if self.log is not None:
+            self.log.epoch(record, self._steps_done())
+        at.epoch, at.step, at.seconds = at.epoch + 1, 0, 0.0
+        at.tally = Tally()
+        self._keep()
 
-def _train_epoch(
-    model: nn.Module,
-    batches: Any,
-    settings: TrainSettings,
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LambdaLR,
-    teacher: nn.Module | None,
-    hooks: Sequence[Hook],
-    epoch: int,
-) -> tuple[float, float, float]:
-    """Train one epoch; return the mean loss, the share of right answers and the learning rate of the last step."""
-    device = device_of(model)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    total = rate = 0.0
-    right = n = 0
-    for step, (x, y) in enumerate(batches):
-        x, y = x.to(device), y.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
-            scores = model(x)
+    def _validate(self) -> Metrics | None:
+        if self.validation is None:
+            return None
+        if self.average is None:
+            return evaluate(self.model, self.validation, quiet=self.quiet, description="validate")
+        with self.average.in_place():
+            return evaluate(self.model, self.validation, quiet=self.quiet, description="validate")
+
+    def _judge(self, record: EpochRecord) -> None:
+        """Remember the best epoch; end training where there was no better one for too long."""
+        at, patience = self.at, self.settings.patience
+        if patience is None and (self.validation is None or self.store is None):
+            return
+        score = -record.loss if record.validation_top1 is None else record.validation_top1
+        if at.best_epoch is None or score > at.best_score:
+            at.best_epoch, at.best_score = record.epoch, score
+            self.best = self._model_now()
+            if self.store is not None:
+                self.store.save_best(self.best, record.epoch, score)
+        elif patience is not None and record.epoch - at.best_epoch >= patience and record.epoch < self.settings.epochs:
+            at.stopped = True
+            self.say(f"  no better epoch than {at.best_epoch} in {patience}: training ends after epoch {record.epoch}")
+
+    def _model_now(self) -> dict[str, Tensor]:
+        if self.average is None:
+            return {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+        with self.average.in_place():
+            return {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+
+    # -- a step
+
+    def _batch(self, x: Tensor, y: Tensor) -> None:
+        at, settings = self.at, self.settings
+        self._adjust()
+        if x.shape[0] == 1 and self._trains_norms():
+            self._leave_out()
+            at.step += 1
+            return
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
+            scores = self.model(x)
         check_scores(scores, y, "train")
-        loss = classification_loss(scores, y, settings, _teacher_scores(teacher, x, settings))
-        for term in (hook.loss(model) for hook in hooks):
+        loss = self.objective(x, scores, y)
+        for term in (hook.loss(self.model) for hook in self.hooks):
             if term is not None:
                 loss = loss + term
-        value = float(loss.detach())
-        if not math.isfinite(value):
+        value, count = float(loss.detach()), int(y.shape[0])
+        cause = self.guard.see(value)
+        if cause is not None:
+            if not math.isfinite(value) and not bool(torch.isfinite(x).all()):
+                raise DataError(f"images of epoch {at.epoch + 1}, step {at.step + 1} hold nan or inf", "check the data")
+            raise _DivergedError(cause)
+        if self._pending == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        # of several batches the sum over images is collected, and divided by their number in `_update`
+        (loss if settings.accumulate == 1 else loss * count).backward()  # type: ignore[no-untyped-call]
+        right = int((scores.detach().argmax(1) == y).sum())
+        at.tally.add(value, right, count)
+        at.window.add(value, right, count)
+        at.step += 1
+        self._pending, self._pending_batches = self._pending + count, self._pending_batches + 1
+        if self._pending_batches == settings.accumulate:
+            self._update()
+
+    def _update(self) -> None:
+        """Let the optimizer take a step, and do what is due after it."""
+        at, settings = self.at, self.settings
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if settings.accumulate > 1:
+            torch._foreach_div_(gradients, float(self._pending))
+        first = at.step - self._pending_batches
+        self._pending = self._pending_batches = 0
+        norm: float | None = None
+        if settings.clip_norm is not None:
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
+            if not math.isfinite(norm):
+                raise _DivergedError(f"the norm of the gradient is {norm}")
+        step = self._steps_done() - 1
+        factor = rate_factor(settings.schedule, step, self.split.steps, settings.epochs)
+        at.lr = settings.optimizer.lr * factor * self.guard.rate
+        set_rate(self.optimizer, at.lr)
+        self.optimizer.step()
+        for hook in self.hooks:
+            hook.step_end(self.model)
+        if self.average is not None:
+            self.average.update()
+        if self.log is not None and _passes(self.log.every, first, at.step):
+            self._log_step(self.log, float(nn.utils.get_total_norm(gradients)) if norm is None else norm)
+        if at.step < self.split.steps and self._is_due(first):
+            self._keep()
+
+    def _log_step(self, log: TrainingLog, norm: float) -> None:
+        at = self.at
+        metrics = {f"{hook.name}.{key}": float(v) for hook in self.hooks for key, v in hook.metrics().items()}
+        record = StepRecord(at.epoch + 1, self._steps_done(), at.window.mean, at.window.top1, at.lr, norm, metrics)
+        log.step(record, self.model)
+        at.window = Tally()
+
+    def _adjust(self) -> None:
+        """Bring phases and batch norms to where the schedule has them now."""
+        if not isinstance(self.model, Prepared):
+            return
+        step, per_epoch = self._steps_done(), self.split.steps
+        phase = phase_at(self.settings, step, per_epoch)
+        if phase != self._phase:
+            self.model.set_phase(phase)
+            if self._phase is not None:
+                # the loss is of another function from here on
+                self.guard.forget()
+            self._phase = phase
+        if not self._norms_frozen and norms_frozen_at(self.settings, step, per_epoch):
+            self.model.freeze_batch_norm()
+            self._norms_frozen = True
+
+    def _trains_norms(self) -> bool:
+        return any(isinstance(module, _BatchNorm) and module.training for module in self.model.modules())
+
+    def _leave_out(self) -> None:
+        if self.split.batch_size == 1:
+            raise DataError(
+                "batches of one image cannot train batch norms", "give a larger data.batch_size, or freeze batch norms"
+            )
+        if "single" not in self._told:
+            self._told.add("single")
+            self.say("  batches of one image are left out: batch norms cannot be trained on them")
+
+    # -- going back and going on
+
+    def _keep(self) -> None:
+        """Remember this state, on disk if there is a store."""
+        self._saved_at = time.monotonic()
+        if self.store is None and self.settings.guard.retries == 0:
+            return
+        self.good = self._snapshot()
+        if self.store is not None:
+            self.store.save(self.good)
+
+    def _is_due(self, first: int) -> bool:
+        """Tell whether a checkpoint is due within an epoch; a doubtful state is none to return to."""
+        every, seconds = self.settings.checkpoint.every_steps, self.settings.checkpoint.every_seconds
+        by_steps = every is not None and _passes(every, first, self.at.step)
+        by_time = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        return (by_steps or by_time) and self.guard.calm
+
+    def _snapshot(self) -> Snapshot:
+        return self.parts.snapshot(self.at, {"log_lines": 0 if self.log is None else self.log.position()})
+
+    def _restore(self, snapshot: Snapshot, source: str) -> None:
+        self.at = self.parts.restore(snapshot, source)
+        self._norms_frozen = False
+        if isinstance(self.model, Prepared) and self._steps_done():
+            # the phase of the last step, so that a change that is due now is noticed as one
+            self._phase = phase_at(self.settings, self._steps_done() - 1, self.split.steps)
+            self.model.set_phase(self._phase)
+        else:
+            self._phase = None
+        self._pending = self._pending_batches = 0
+        if self.log is not None:
+            self.log.begin(int(snapshot.info["log_lines"]), self._steps_done())
+
+    def _go_back(self, cause: str) -> None:
+        """Go back to the last good state, with a lower rate.
+
+        Raises:
+            TrainError: That was done often enough.
+        """
+        guard, place = self.guard, f"in epoch {self.at.epoch + 1}, step {self.at.step + 1}"
+        rate, returns = guard.rate, guard.returns
+        if self.good is None or not guard.step_back():
+            tries = f", also after {returns} returns with rates down to {rate:g} of the asked one" if returns else ""
             raise TrainError(
-                f"the loss is {value} in epoch {epoch + 1}, step {step + 1}",
+                f"{cause} {place}{tries}",
                 "lower the learning rate, clip the gradient (clip_norm), or check the data",
             )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        if settings.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-        rate = float(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-        for hook in hooks:
-            hook.step_end(model)
-        total += value * int(y.shape[0])
-        n += int(y.shape[0])
-        right += int((scores.detach().argmax(1) == y).sum())
-        batches.set_postfix_str(f"loss {total / n:.4f}, top-1 {100 * right / n:.2f} %", refresh=False)
-    if n == 0:
-        raise DataError("the train split has no images", "give at least one")
-    return total / n, right / n, rate
+        rate, returns = guard.rate, guard.returns
+        self._restore(self.good, "the last good state")
+        guard.forget()
+        guard.rate, guard.returns = rate, returns
+        epoch, step = self.at.epoch + 1, self.at.step
+        self.say(
+            f"  {cause} {place}: back to epoch {epoch}, step {step + 1}, with {rate:g} of the learning rate"
+            f" ({returns} of {self.settings.guard.retries})"
+        )
+        if self.log is not None:
+            self.log.went_back(cause, epoch, self._steps_done(), rate)
+
+    # -- numbers
+
+    def _steps_done(self) -> int:
+        return self.at.epoch * self.split.steps + self.at.step
+
+    def _steps_in_all(self) -> int:
+        return self.settings.epochs * self.split.steps
+
+    def _checkpoint_size(self) -> int:
+        """Return about how many bytes a checkpoint has."""
+        slots = {"sgd": 1, "adam": 2, "adamw": 2}[self.settings.optimizer.name]
+        trained = sum(p.numel() * p.element_size() for p in self.parameters)
+        tensors = [t for t in self.model.state_dict().values() if isinstance(t, Tensor)]
+        model = sum(t.numel() * t.element_size() for t in tensors)
+        return model * (1 if self.average is None else 2) + trained * slots
 
 
-def _teacher_scores(teacher: nn.Module | None, x: Tensor, settings: TrainSettings) -> Tensor | None:
-    if teacher is None or settings.distill is None:
-        return None
-    with torch.no_grad():
-        scores: Tensor = teacher(x)
-    return scores
+def _passes(every: int, before: int, now: int) -> bool:
+    """Tell whether a multiple of `every` lies in (before, now]."""
+    return now // every > before // every
+
+
+def duration(seconds: float) -> str:
+    """Return a time as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -30,6 +30,7 @@ def model(width: int = 4) -> nn.Sequential:
 
 def test_round_trip_keeps_every_bit_and_the_notes(tmp_path: Path) -> None:
     state = {**model().state_dict(), "extra": torch.tensor([1, 2], dtype=torch.uint8)}
+    state |= {"half": torch.ones(3, dtype=torch.bfloat16), "none": torch.ones(0), "flag": torch.tensor(True)}
     path = tmp_path / "deep" / "a.safetensors"
     save_checkpoint(path, state, {"stage": 3, "metrics": {"top1": 0.5}})
     back = load_checkpoint(path)
@@ -114,13 +115,25 @@ def test_missing_foreign_and_newer_files_are_named(tmp_path: Path) -> None:
     save_file(model().state_dict(), tmp_path / "new.safetensors", {"qat": document})
     with pytest.raises(CheckpointError, match="version 99"):
         load_checkpoint(tmp_path / "new.safetensors")
-    document = '{"version": 1, "fingerprint": "0", "info": {}}'
+    document = '{"version": 2, "fingerprint": "0", "info": {}}'
     save_file(model().state_dict(), tmp_path / "odd.safetensors", {"qat": document})
     with pytest.raises(CheckpointError, match="does not hold the tensors"):
         load_checkpoint(tmp_path / "odd.safetensors")
     torch.save(torch.zeros(3), tmp_path / "tensor.pth")
     with pytest.raises(CheckpointError, match="not a state_dict"):
         read_weights(tmp_path / "tensor.pth")
+
+
+@pytest.mark.parametrize("part", ["tensors", "notes"])
+def test_one_changed_bit_is_noticed(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, model().state_dict(), {"epoch": 1234})
+    raw = bytearray(path.read_bytes())
+    place = len(raw) - 1 if part == "tensors" else raw.index(b"1234") + 3
+    raw[place] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckpointError, match=r"a\.safetensors is damaged: its checksum is another"):
+        load_checkpoint(path)
 
 
 def test_a_checkpoint_of_another_model_names_the_first_keys(tmp_path: Path) -> None:
