@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qat.recipe.schema import InputPart, Recipe, TrainPart
+from qat.recipe.schema import InputPart, Recipe
+from qat.recipe.schema_train import DistillPart, TrainPart
 from qat.train.data import AugmentSpec, DataSpec, InputSpec
-from qat.train.settings import DistillSettings, OptimizerSettings, ScheduleSettings, TrainSettings
+from qat.train.settings import (
+    CheckpointSettings,
+    DistillSettings,
+    GuardSettings,
+    OptimizerSettings,
+    ScheduleSettings,
+    TrainSettings,
+)
 
 
 def data_spec(recipe: Recipe, *, skip_bad: bool = False) -> DataSpec:
@@ -30,6 +38,8 @@ def data_spec(recipe: Recipe, *, skip_bad: bool = False) -> DataSpec:
         ),
         seed=recipe.seed,
         limit=data.limit.model_dump(exclude_none=True),
+        validation=data.validation,
+        last_batch=data.last_batch,
         skip_bad=data.skip_bad or skip_bad,
         workers=data.workers,
         train=data.train,
@@ -78,10 +88,27 @@ def train_settings(part: TrainPart) -> TrainSettings:
             gamma=schedule.gamma,
             final=schedule.final,
         ),
+        quantizer_lr=part.quantizer_lr,
+        accumulate=part.accumulate,
         clip_norm=part.clip_norm,
         label_smoothing=part.label_smoothing,
+        quantize_after=part.quantize_after,
         freeze_ranges_after=part.freeze_ranges_after,
         freeze_bn_after=part.freeze_bn_after,
-        distill=None if distill is None else DistillSettings(distill.weight, distill.temperature),
+        ema=part.ema,
+        distill=None if distill is None else _distill_settings(distill),
         autocast=part.autocast,
+        patience=part.patience,
+        guard=GuardSettings(part.guard.retries, part.guard.factor, part.guard.blow_up),
+        checkpoint=CheckpointSettings(part.checkpoint.every_steps, part.checkpoint.every_seconds, part.checkpoint.keep),
+    )
+
+
+def _distill_settings(part: DistillPart) -> DistillSettings:
+    return DistillSettings(
+        weight=part.weight,
+        temperature=part.temperature,
+        features=tuple(part.features),
+        feature_loss=part.feature_loss,
+        feature_weight=part.feature_weight,
     )

@@ -15,6 +15,7 @@ from qat.files import atomic_write_text
 from qat.recipe.load import parse_recipe
 from qat.recipe.schema import Recipe
 from qat.recipe.text import dump_yaml, parse_yaml
+from qat.train.checkpoint import load_checkpoint
 
 RECIPE = "recipe.resolved.yaml"
 METRICS = "metrics.json"
@@ -22,6 +23,9 @@ ENCODINGS = "encodings.json"
 PLAN = "plan.json"
 ONNX = "model.onnx"
 LOG = "log.txt"
+TRAINING_LOG = "metrics.jsonl"
+CURVES = "train.png"
+BOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 SCHEMA_VERSION = 1
 
@@ -136,6 +140,20 @@ class RunFolder:
             ) from None
         return RunState.from_json(data, str(self.path / METRICS))
 
+    def sound_stages(self) -> tuple[int, str | None]:
+        """Return how many finished stages, from the first, have whole checkpoints, and what is wrong with the next.
+
+        Raises:
+            CheckpointError: The folder is no run, or its metrics file is damaged.
+        """
+        stages = self.state().stages
+        for number, stage in enumerate(stages):
+            try:
+                load_checkpoint(self.path / stage.checkpoint)
+            except CheckpointError as error:
+                return number, str(error)
+        return len(stages), None
+
     def recipe(self) -> Recipe:
         """Read the resolved recipe.
 
@@ -182,6 +200,9 @@ class RunFolder:
         existing = self.check(recipe, resume=resume, overwrite=overwrite)
         if existing is not None and resume:
             state = replace(existing, status="running")
+            # what a process that was killed had begun to write
+            for part in self.path.rglob(".*.part"):
+                part.unlink(missing_ok=True)
             self.save(state)
             return state
         if existing is not None:
@@ -231,9 +252,10 @@ class RunFolder:
 
     def _clear(self) -> None:
         try:
-            for name in (RECIPE, METRICS, ENCODINGS, PLAN, ONNX, LOG):
+            for name in (RECIPE, METRICS, ENCODINGS, PLAN, ONNX, LOG, TRAINING_LOG, CURVES):
                 (self.path / name).unlink(missing_ok=True)
-            shutil.rmtree(self.path / CHECKPOINTS, ignore_errors=True)
+            for name in (CHECKPOINTS, BOARD):
+                shutil.rmtree(self.path / name, ignore_errors=True)
         except OSError as error:
             raise OutputError(f"cannot replace the run in {self.path} ({error.strerror})", "remove it") from None
 

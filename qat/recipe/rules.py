@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-from qat.recipe.schema import Recipe, Stage, TrainPart
+from qat.recipe.schema import Recipe, Stage
 from qat.recipe.schema_ptq import AlgorithmPart
+from qat.recipe.schema_train import TrainPart
+
+#: keys of a training stage that speak of fake quantization or of the float model
+_OF_QUANTIZED = (
+    "quantizer_lr",
+    "quantize_after",
+    "freeze_ranges_after",
+    "freeze_bn_after",
+    "reestimate_bn",
+    "distill",
+)
 
 
 def broken_rules(recipe: Recipe) -> list[str]:
@@ -54,9 +65,14 @@ def _train_rules(where: str, train: TrainPart, calibrated: bool) -> list[str]:
             problems.append(f"{where}.phase is float after a calibrate stage; train the float model before it")
         problems += [
             f"{where}.{key} has no meaning for the float model; remove it"
-            for key in ("freeze_ranges_after", "freeze_bn_after", "distill")
-            if getattr(train, key) is not None
+            for key in _OF_QUANTIZED
+            if getattr(train, key) != TrainPart.model_fields[key].default
         ]
     elif not calibrated:
         problems.append(f"{where} comes before any calibrate stage; put one before it, or set phase: float")
+    if train.phase == "quantized" and train.quantize_after >= train.epochs:
+        problems.append(
+            f"{where}.quantize_after is {train.quantize_after:g} of {train.epochs} epochs; give less, or nothing is"
+            " trained with fake quantization"
+        )
     return problems

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import platform
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import nn
 import qat
 from qat.errors import CheckFailedError, OutputError
 from qat.graph.prepared import PreparedModel
-from qat.recipe import stages
+from qat.recipe import stages, training
 from qat.recipe.folder import CHECKPOINTS, ENCODINGS, ONNX, PLAN, RunFolder, RunState, StageRecord
 from qat.recipe.report import check_expectations, results_table
 from qat.recipe.schema import Recipe, Stage
@@ -93,13 +94,16 @@ class _Run:
         self.quiet = quiet
         self._say, self._show = say, show
         # what can be wrong with recipe, data and model is found before the folder is touched
-        self.session = Session(recipe, skip_bad=skip_bad, run=folder if resume and folder.is_run() else None)
+        resumed = resume and folder.is_run()
+        sound, self._damage = folder.sound_stages() if resumed else (0, None)
+        self.session = Session(recipe, skip_bad=skip_bad, run=folder if resumed else None, stages=sound)
         self.recipe = self.session.recipe
         folder.check(self.recipe, resume=resume, overwrite=overwrite)
         self.model = self.session.model
         stages.check_model(self.model, self.session.data)
         self.qmodel: PreparedModel | None = None
-        self.state = folder.open(self.recipe, resume=resume, overwrite=overwrite)
+        state = folder.open(self.recipe, resume=resume, overwrite=overwrite)
+        self.state = replace(state, stages=state.stages[:sound])
 
     def say(self, line: str) -> None:
         self._say(line)
@@ -126,7 +130,15 @@ class _Run:
         start = time.perf_counter()
         what, target = f"{self.recipe.model.factory} on {self.recipe.data.name}", "+".join(self.recipe.target)
         self.say(f"{self.recipe.name}: {what} for {target}")
-        self._keep(details={**self.state.details, "versions": versions()})
+        before, now = self.state.details.get("versions", {}), versions()
+        if self._damage is not None:
+            self.say(f"warning: {self._damage}; going on from the stage before")
+        for name in (n for n in now if before.get(n, now[n]) != now[n]):
+            self.say(
+                f"warning: the run was begun with {name} {before[name]} and goes on with {now[name]}:"
+                " it may end with other bits than it would have"
+            )
+        self._keep(details={**self.state.details, "versions": now})
         done = len(self.state.stages)
         if done:
             self.say(f"resuming after {done} finished stage{'s' * (done > 1)}")
@@ -182,8 +194,9 @@ class _Run:
             distill = stage.train.distill is not None
             teacher = copy.deepcopy(self.model) if distill else None
             self.say(f"training the {'float' if label == 'float' else 'quantized'} model")
-            records = stages.train(
-                trained, self.session.data.train, stage.train, teacher=teacher, say=self.say, quiet=self.quiet
+            place = training.Place(self.folder.path, self.folder.path / CHECKPOINTS, index, label)
+            records = training.train(
+                trained, self.session.data, stage.train, place=place, teacher=teacher, say=self.say, quiet=self.quiet
             )
             epochs = [r.to_json() for r in records]
         name = f"{CHECKPOINTS}/{index}-{stage.kind}-{label.lower()}.safetensors"
@@ -196,6 +209,8 @@ class _Run:
         if has_ranges or label == "float":
             self._measure(label, trained)
         self._keep(stages=(*self.state.stages, record))
+        # only now is nothing lost without them
+        shutil.rmtree(self.folder.path / CHECKPOINTS / training.UNFINISHED, ignore_errors=True)
 
     def _float_reference(self, index: int) -> nn.Module | None:
         """Return the float model that stage `index` aims at: as the last stage left it that is meant to change it.

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
 
+from qat.recipe.schema_base import NAME_SHORT as _NAME_SHORT
 from qat.recipe.schema_base import NotNegative, Part, Positive, Share
+from qat.recipe.schema_base import shorter as _or
 from qat.recipe.schema_ptq import (
     ALIASES,
     AbsorbPart,
@@ -20,25 +22,14 @@ from qat.recipe.schema_ptq import (
     NUQPart,
     ReconstructPart,
 )
+from qat.recipe.schema_train import TrainPart
 
 VERSION = 1
-
-
-def _or(kinds: str, convert: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """Let a value also be written in a shorter form, of JSON type `kinds`."""
-
-    def extend(schema: dict[str, Any]) -> None:
-        form = {k: schema.pop(k) for k in list(schema) if k not in ("title", "default", "description")}
-        forms = form.pop("anyOf", [form])
-        schema["anyOf"] = [*forms, {"type": kinds}]
-
-    return BeforeValidator(convert), Field(json_schema_extra=extend)
 
 
 _SIZE_SHORT = _or("integer", lambda v: [v, v] if isinstance(v, int) else v)
 #: (height, width), or one number for both
 Size = Annotated[list[Positive], Field(min_length=2, max_length=2), _SIZE_SHORT[0], _SIZE_SHORT[1]]
-_NAME_SHORT = _or("string", lambda v: {"name": v} if isinstance(v, str) else v)
 _LIST_SHORT = _or("string", lambda v: [v] if isinstance(v, str) else v)
 _FLOAT_SHORT = _or("string", lambda v: {"float": True} if v == "float" else v)
 
@@ -93,6 +84,10 @@ class DataPart(Part):
     input: InputPart = Field(default_factory=InputPart)
     augment: AugmentPart = Field(default_factory=AugmentPart)
     limit: LimitPart = Field(default_factory=LimitPart)
+    validation: NotNegative = Field(default=0, description="training images held out to watch training by")
+    last_batch: Literal["drop", "keep"] = Field(
+        default="drop", description="whether a smaller last batch of a training epoch is trained on"
+    )
     skip_bad: bool = Field(default=False, description="skip unreadable files, and count them")
     workers: NotNegative = Field(default=1, description="threads that decode images")
     train: str | None = Field(default="train", description="sub-folder of training images (image_folder)")
@@ -144,56 +139,11 @@ class SchemePart(Part):
     )
 
 
-class OptimizerPart(Part):
-    """Which optimizer, and its options."""
-
-    name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: Annotated[float, Field(gt=0.0)] = 0.01
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    nesterov: bool = False
-    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = Field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
-    decay_all: bool = Field(default=False, description="weight decay also on biases, norms and quantizer parameters")
-
-
-class SchedulePart(Part):
-    """How the learning rate changes."""
-
-    name: Literal["constant", "cosine", "step"] = "cosine"
-    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
-    step_epochs: Positive = 1
-    gamma: Annotated[float, Field(gt=0.0)] = 0.1
-    final: Share = Field(default=0.0, description="share of the learning rate that cosine ends at")
-
-
-class DistillPart(Part):
-    """Learning from the float model beside the labels."""
-
-    from_: Literal["float"] = Field(default="float", alias="from")
-    weight: Share = 0.5
-    temperature: Annotated[float, Field(gt=0.0)] = 4.0
-
-
 class CalibratePart(Part):
     """Choose ranges from data."""
 
     images: Positive = 512
     only: Literal["all", "missing"] = Field(default="all", description="`missing` keeps the ranges that are set")
-
-
-class TrainPart(Part):
-    """Train the float model (phase float, before the first calibrate) or the quantized one (after it)."""
-
-    phase: Literal["float", "quantized"] = "quantized"
-    epochs: Positive
-    optimizer: Annotated[OptimizerPart, _NAME_SHORT[0], _NAME_SHORT[1]] = Field(default_factory=OptimizerPart)
-    schedule: Annotated[SchedulePart, _NAME_SHORT[0], _NAME_SHORT[1]] = Field(default_factory=SchedulePart)
-    clip_norm: Annotated[float, Field(gt=0.0)] | None = None
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    freeze_ranges_after: NotNegative | None = Field(default=None, description="epochs after which ranges stand still")
-    freeze_bn_after: NotNegative | None = Field(default=None, description="epochs after which batch norms stand still")
-    distill: DistillPart | None = None
-    autocast: Literal["bf16"] | None = None
 
 
 def _stage(value: Any) -> Any:

@@ -12,7 +12,7 @@ from qat.encoding import Encodings
 from qat.errors import CheckpointError, DataError
 from qat.graph.plan import Plan
 from qat.graph.prepared import PreparedModel
-from qat.recipe import stages
+from qat.recipe import stages as steps
 from qat.recipe.convert import data_spec
 from qat.recipe.folder import RunFolder
 from qat.recipe.load import expand
@@ -29,17 +29,21 @@ class Session:
             needed.
         skip_bad: Skip unreadable images even where the recipe does not say so.
         run: Folder of a run whose checkpoints are to be used, or None.
+        stages: Use only the checkpoints of so many of its stages; None for all of them.
 
     Raises:
         RecipeError: A GPU is asked for and there is none.
     """
 
-    def __init__(self, recipe: Recipe, *, skip_bad: bool = False, run: RunFolder | None = None) -> None:
+    def __init__(
+        self, recipe: Recipe, *, skip_bad: bool = False, run: RunFolder | None = None, stages: int | None = None
+    ) -> None:
         # a variable that is not set stops only what needs it: a plan can be made where the data is not
         self.recipe = expand(recipe, keep_unset=True)
         self.spec = data_spec(self.recipe, skip_bad=skip_bad)
-        self.device = stages.choose_device(self.recipe)
+        self.device = steps.choose_device(self.recipe)
         self.run = run
+        self._stages = stages
         if self.recipe.threads is not None:
             torch.set_num_threads(self.recipe.threads)
 
@@ -64,7 +68,7 @@ class Session:
     def model(self) -> nn.Module:
         """The float model: of the last float checkpoint of the run, else as the recipe makes it."""
         expand(self.recipe, part="model")
-        model = stages.build_model(self.recipe.model, self.recipe.seed).to(self.device)
+        model = steps.build_model(self.recipe.model, self.recipe.seed).to(self.device)
         checkpoint = self._checkpoint("float")
         if checkpoint is not None:
             load_state(model, load_checkpoint(checkpoint).tensors, str(checkpoint))
@@ -72,7 +76,7 @@ class Session:
 
     def example(self, *, with_data: bool = True) -> Tensor:
         """Two images on the device of the model."""
-        return stages.example_inputs(self.spec, self.data if with_data else None).to(self.device)
+        return steps.example_inputs(self.spec, self.data if with_data else None).to(self.device)
 
     def plan(self) -> Plan:
         """The plan; the data need not be there where the recipe tells the shape of the images."""
@@ -80,11 +84,11 @@ class Session:
             example = self.example(with_data=False)
         except DataError:
             example = self.example()
-        return stages.make_plan(self.recipe, self.model, example)
+        return steps.make_plan(self.recipe, self.model, example)
 
     def prepare(self) -> PreparedModel:
         """The prepared model: of the last quantized checkpoint of the run, else fresh."""
-        qmodel = stages.prepare(self.recipe, self.model, self.example()).to(self.device)
+        qmodel = steps.prepare(self.recipe, self.model, self.example()).to(self.device)
         checkpoint = self._checkpoint("quantized")
         if checkpoint is not None:
             load_state(qmodel, load_checkpoint(checkpoint).tensors, str(checkpoint))
@@ -112,5 +116,5 @@ class Session:
     def _checkpoint(self, which: str) -> Path | None:
         if self.run is None:
             return None
-        found = [s for s in self.run.state().stages if (s.label == "float") == (which == "float")]
+        found = [s for s in self.run.state().stages[: self._stages] if (s.label == "float") == (which == "float")]
         return self.run.path / found[-1].checkpoint if found else None

@@ -28,8 +28,7 @@ from qat.export.verify import ExportResult, session
 from qat.export.verify import verify_onnx as verify_file
 from qat.graph.plan import Plan
 from qat.graph.prepared import PreparedModel
-from qat.recipe.convert import train_settings
-from qat.recipe.schema import CalibratePart, ModelPart, OnnxPart, Recipe, TrainPart
+from qat.recipe.schema import CalibratePart, ModelPart, OnnxPart, Recipe
 from qat.recipe.schema_ptq import AlgorithmPart
 from qat.targets import Target
 from qat.torchvision import import_torchvision
@@ -37,8 +36,6 @@ from qat.train.checkpoint import load_weights
 from qat.train.data import Data, Split, input_shape
 from qat.train.data.spec import DataSpec
 from qat.train.evaluate import device_of, evaluation_mode
-from qat.train.hooks import EpochRecord, Hook
-from qat.train.trainer import fit
 
 
 def choose_device(recipe: Recipe) -> torch.device:
@@ -223,37 +220,6 @@ def summary(result: object) -> str:
         return f"{len(result.units)} units on {result.samples} samples, {kept} left as they were"
     assert isinstance(result, tuple)
     return f"{len(result)} batch norms"
-
-
-def train(
-    model: nn.Module,
-    split: Split | None,
-    part: TrainPart,
-    *,
-    teacher: nn.Module | None,
-    say: Callable[[str], None],
-    quiet: bool,
-) -> list[EpochRecord]:
-    """Train the float or the quantized model in place.
-
-    Raises:
-        DataError: There are no training images.
-        TrainError: The loss is not finite.
-    """
-    if split is None:
-        raise DataError("the data has no labelled training images", "give data.train, or leave out the train stage")
-
-    class Tell(Hook):
-        def epoch_end(self, model: nn.Module, record: EpochRecord) -> None:  # noqa: ARG002 - the hook's signature
-            say(
-                f"  epoch {record.epoch}/{part.epochs}: loss {record.loss:.4f}, train top-1 {100 * record.top1:.2f} %,"
-                f" lr {record.lr:.3g}, {record.seconds:.1f} s"
-            )
-
-    description = "train" if part.phase == "float" else "QAT"
-    return fit(
-        model, split, train_settings(part), teacher=teacher, hooks=[Tell()], quiet=quiet, description=description
-    )
 
 
 def export_onnx(recipe: Recipe, qmodel: PreparedModel, path: Path, split: Split, part: OnnxPart) -> ExportResult:

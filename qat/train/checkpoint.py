@@ -85,7 +85,8 @@ def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], info: Mapping[str
         "info": dict(info or {}),
         "sha256": _checksum(own, _notes(dict(info or {}))),
     }
-    atomic_write_bytes(path, save_safetensors(own, {_KEY: json.dumps(document), "format": "pt"}))
+    # one key only: safetensors writes several in any order, and the same state shall give the same bytes
+    atomic_write_bytes(path, save_safetensors(own, {_KEY: json.dumps(document)}))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -38,3 +38,10 @@ def progress(
         items, desc=description, total=total, initial=initial, disable=hidden, leave=False, dynamic_ncols=True
     )
     return bar
+
+
+def duration(seconds: float) -> str:
+    """Return a time as `m:ss` or `h:mm:ss`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

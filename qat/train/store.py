@@ -143,8 +143,8 @@ def _check_circumstances(info: Mapping[str, Any], path: Path) -> None:
     for key, noun in (("torch", "torch"), ("threads", "threads:")):
         if info.get(key) != now[key]:
             warnings.warn(
-                f"{path} was written with {noun} {info.get(key)}, and now there is {now[key]}: training goes on, but may"
-                " end with other bits than it would have",
+                f"{path} was written with {noun} {info.get(key)}, and now there is {now[key]}: training goes on, but"
+                " may end with other bits than it would have",
                 stacklevel=3,
             )
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import qat
 from qat.errors import CheckpointError, DataError, ExpectationError, OutputError, RecipeError, TrainError
-from qat.recipe import stages
+from qat.recipe import stages, training
 from qat.recipe.folder import RunFolder, RunState, first_difference
 from qat.recipe.load import parse_recipe
 from qat.recipe.report import check_expectations, last_quantized, results_table
@@ -72,6 +72,8 @@ def test_a_run_leaves_everything_in_one_folder(finished: tuple[Path, list[str]])
         "plan.json",
         "model.onnx",
         "log.txt",
+        "metrics.jsonl",
+        "train.png",
         "checkpoints/0-train-float.safetensors",
         "checkpoints/1-calibrate-ptq.safetensors",
         "checkpoints/2-train-qat.safetensors",
@@ -115,9 +117,8 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished_stages: int
 ) -> None:
     folder, _ = finished
-    names = ["calibrate", "train", "export_onnx"]
-    victim = names[finished_stages - 1]
-    original = getattr(stages, victim)
+    owner, victim = [(stages, "calibrate"), (training, "train"), (stages, "export_onnx")][finished_stages - 1]
+    original = getattr(owner, victim)
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         part = args[2] if victim == "train" else None
@@ -125,7 +126,7 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
             return original(*args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, victim, interrupt)
+    monkeypatch.setattr(owner, victim, interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_recipe(recipe(), tmp_path / "r", quiet=True)
     monkeypatch.undo()
@@ -248,27 +249,35 @@ def test_a_diverging_run_is_kept_as_failed(tmp_path: Path) -> None:
     )  # nothing was finished, so nothing can be lost
 
 
+@pytest.mark.parametrize("victim", ["plan.json", "epoch-0002"])
 def test_a_disk_that_is_full_is_named_and_nothing_is_half_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
 ) -> None:
     import errno
     import os
 
     real = os.fsync
-    calls = []
 
     def full(handle: int) -> None:
-        calls.append(handle)
-        if len(calls) > 6:
+        if victim in Path(f"/proc/self/fd/{handle}").readlink().name:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OutputError, match=r"plan\.json \(No space left on device\); free some space"):
+    with pytest.raises(OutputError, match=rf"{victim}.* \(No space left on device\); free some space"):
         run_recipe(recipe(), tmp_path / "r", quiet=True)
     monkeypatch.undo()
     assert not list((tmp_path / "r").rglob("*.part"))
     assert RunFolder(tmp_path / "r").state().status in ("running", "failed")
+    if "epoch" in victim:
+        # what was written before is whole, and the run goes on from it
+        (left,) = (tmp_path / "r" / "checkpoints" / "unfinished" / "0-float").iterdir()
+        assert left.name == "epoch-0001-step-000000.safetensors"
+        lines: list[str] = []
+        run_recipe(recipe(), tmp_path / "r", quiet=True, resume=True, say=lines.append)
+        assert "  resuming at epoch 2, step 1" in lines
+        for name in ("encodings.json", "model.onnx"):
+            assert (tmp_path / "r" / name).read_bytes() == (finished[0] / name).read_bytes(), name
 
 
 def test_an_own_model_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from training_cases import FakePrepared, Learned, blobs, small
 
 from qat.errors import DataError, TrainError
-from qat.quantizers import Quantizer
-from qat.scheme import Scheme
 from qat.train.data import Split
 from qat.train.evaluate import evaluate, evaluation_mode
 from qat.train.hooks import EpochRecord, Hook
@@ -21,54 +19,6 @@ from qat.train.optimizer import parameter_groups
 from qat.train.schedule import rate_factor
 from qat.train.settings import DistillSettings, OptimizerSettings, ScheduleSettings, TrainSettings
 from qat.train.trainer import fit
-
-
-def blobs(n: int = 96, batch_size: int = 16, name: str = "train", classes: int = 3) -> Split:
-    """Points around one centre a class, as 1x1 images."""
-    generator = torch.Generator().manual_seed(0)
-    y = torch.arange(n) % classes
-    x = torch.eye(classes, 4)[y] * 3 + 0.3 * torch.randn(n, 4, generator=generator)
-    x = x.reshape(n, 4, 1, 1)
-
-    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(epoch))
-        for start in range(0, n, batch_size):
-            index = order[start : start + batch_size]
-            yield x[index], y[index]
-
-    return Split(name, n, batch_size, batches)
-
-
-def small(classes: int = 3) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8, classes))
-
-
-class Learned(Quantizer):
-    """A quantizer with something to learn."""
-
-    def __init__(self) -> None:
-        super().__init__(Scheme("int8"), "learned", 1)
-        self.step_size = nn.Parameter(torch.ones(2, 2))
-
-
-class FakePrepared(nn.Module):
-    """Records what the loop asks of a prepared model."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = small()
-        self.events: list[str] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net(x)
-        return out
-
-    def set_phase(self, phase: str) -> None:
-        self.events.append(phase)
-
-    def freeze_batch_norm(self) -> None:
-        self.events.append("freeze")
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])

@@ -1,0 +1,388 @@
+"""The loop of a training: epochs, steps, and going on or back to where it was."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from qat.errors import DataError, TrainError
+from qat.train.checkpoint import load_state
+from qat.train.data import Split
+from qat.train.ema import WeightAverage
+from qat.train.evaluate import Metrics, check_scores, device_of, evaluate
+from qat.train.guard import Guard
+from qat.train.hooks import EpochRecord, Hook
+from qat.train.log import StepRecord, TrainingLog
+from qat.train.objective import Objective
+from qat.train.optimizer import make_optimizer, set_rate, trained_parameters
+from qat.train.progress import duration, progress
+from qat.train.schedule import norms_frozen_at, phase_at, rate_factor
+from qat.train.settings import TrainSettings
+from qat.train.state import Parts, Position, Snapshot, Tally
+from qat.train.store import TrainingCheckpoints
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """What the loop needs of a model that was prepared for quantization."""
+
+    def set_phase(self, phase: str) -> Any:
+        """Switch to `follow` (float, ranges follow the data), `track` (they do too) or `quantize` (they do not)."""
+
+    def freeze_batch_norm(self) -> Any:
+        """Let batch norm statistics stand still."""
+
+
+class _DivergedError(Exception):
+    """Something about the last step says that training diverges."""
+
+
+class Loop:
+    """One training; see `qat.train.trainer.fit` for what the arguments mean."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        settings: TrainSettings,
+        objective: Objective,
+        hooks: Sequence[Hook],
+        validation: Split | None,
+        store: TrainingCheckpoints | None,
+        log: TrainingLog | None,
+        say: Callable[[str], None],
+        quiet: bool,
+        description: str,
+    ) -> None:
+        self.model, self.split, self.settings, self.objective = model, split, settings, objective
+        self.hooks, self.validation, self.store, self.log = hooks, validation, store, log
+        self.say, self.quiet, self.description = say, quiet, description
+        self.device = device_of(model)
+        self.optimizer = make_optimizer(model, settings.optimizer, settings.quantizer_lr)
+        self.parameters = trained_parameters(self.optimizer)
+        self.average = None if settings.ema is None else WeightAverage(model, settings.ema)
+        self.parts = Parts(model, self.optimizer, self.average, hooks, Guard(settings.guard))
+        self.guard = self.parts.guard
+        self.at = Position()
+        #: the last state that training can go back to
+        self.good: Snapshot | None = None
+        self.best: Mapping[str, Tensor] = {}
+        self._phase: str | None = None
+        self._norms_frozen = False
+        #: images whose gradients are summed up since the last step of the optimizer
+        self._pending = self._pending_batches = 0
+        self._told: set[str] = set()
+        self._saved_at = time.monotonic()
+
+    # -- the whole
+
+    def run(self) -> list[EpochRecord]:
+        """Train, from the beginning or from where the store has it."""
+        self.model.train()
+        self._begin()
+        while self.at.epoch < self.settings.epochs and not self.at.stopped:
+            try:
+                self._epoch()
+            except _DivergedError as cause:
+                self._go_back(str(cause))
+        self._finish()
+        return self.at.records
+
+    def _begin(self) -> None:
+        left_out = self.split.n % self.split.batch_size
+        if self.split.drop_last and left_out:
+            self.say(
+                f"  {left_out} of {self.split.n} training images, others in each epoch, make no whole batch of "
+                f"{self.split.batch_size} and are left out (data.last_batch: keep trains on them too)"
+            )
+        if self.store is not None:
+            self.store.require_space(self._checkpoint_size())
+        found = None if self.store is None else self.store.latest(self.say)
+        if found is None:
+            if self.log is not None:
+                self.log.begin()
+            if self.settings.guard.retries > 0:
+                self.good = self._snapshot()
+            return
+        self._restore(found, "the checkpoint")
+        if self.store is not None and self.at.best_epoch is not None:
+            self.best = self.store.load_best(self.at.best_epoch)
+        self.good = found
+        over = self.at.epoch >= self.settings.epochs or self.at.stopped
+        place = "after the last epoch" if over else f"at epoch {self.at.epoch + 1}, step {self.at.step + 1}"
+        self.say(f"  resuming {place}")
+
+    def _finish(self) -> None:
+        if self.settings.patience is not None and self.best:
+            load_state(self.model, self.best, "the best epoch's model")
+            self.say(f"  the model of epoch {self.at.best_epoch} is kept")
+        elif self.average is not None:
+            self.average.store()
+        if isinstance(self.model, Prepared):
+            self.model.set_phase("quantize")
+        self.model.eval()
+        if self.log is not None:
+            self.log.close()
+
+    # -- an epoch
+
+    def _epoch(self) -> None:
+        at = self.at
+        self._adjust()
+        if at.step == 0:
+            for hook in self.hooks:
+                hook.epoch_start(self.model, at.epoch)
+        bar = progress(
+            self.split.remaining(at.epoch, at.step),
+            description=f"{self.description} {at.epoch + 1}/{self.settings.epochs}",
+            total=self.split.steps,
+            initial=at.step,
+            quiet=self.quiet,
+        )
+        start, before = time.perf_counter(), at.seconds
+        for done, (x, y) in enumerate(bar, 1):
+            self._batch(x.to(self.device), y.to(self.device))
+            at.seconds = before + time.perf_counter() - start
+            left = (at.seconds - before) / done * (self._steps_in_all() - self._steps_done())
+            bar.set_postfix_str(
+                f"loss {at.tally.mean:.4f}, top-1 {100 * at.tally.top1:.2f} %, {duration(left)} left", refresh=False
+            )
+        if self._pending:
+            self._update()
+        if at.tally.n == 0:
+            raise DataError("the train split has no images", "give at least one")
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        at = self.at
+        measured = self._validate()
+        record = EpochRecord(
+            at.epoch + 1,
+            at.tally.mean,
+            at.tally.top1,
+            at.lr,
+            at.seconds,
+            None if measured is None else measured.top1,
+            None if measured is None else measured.loss,
+        )
+        at.records.append(record)
+        for hook in self.hooks:
+            hook.epoch_end(self.model, record)
+        self._judge(record)
+        if self.log is not None:
+            self.log.epoch(record, self._steps_done())
+        at.epoch, at.step, at.seconds = at.epoch + 1, 0, 0.0
+        at.tally = Tally()
+        self._keep()
+
+    def _validate(self) -> Metrics | None:
+        if self.validation is None:
+            return None
+        if self.average is None:
+            return evaluate(self.model, self.validation, quiet=self.quiet, description="validate")
+        with self.average.in_place():
+            return evaluate(self.model, self.validation, quiet=self.quiet, description="validate")
+
+    def _judge(self, record: EpochRecord) -> None:
+        """Remember the best epoch; end training where there was no better one for too long."""
+        at, patience = self.at, self.settings.patience
+        if patience is None and (self.validation is None or self.store is None):
+            return
+        score = -record.loss if record.validation_top1 is None else record.validation_top1
+        if at.best_epoch is None or score > at.best_score:
+            at.best_epoch, at.best_score = record.epoch, score
+            self.best = self._model_now()
+            if self.store is not None:
+                self.store.save_best(self.best, record.epoch, score)
+        elif patience is not None and record.epoch - at.best_epoch >= patience and record.epoch < self.settings.epochs:
+            at.stopped = True
+            self.say(f"  no better epoch than {at.best_epoch} in {patience}: training ends after epoch {record.epoch}")
+
+    def _model_now(self) -> dict[str, Tensor]:
+        if self.average is None:
+            return {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+        with self.average.in_place():
+            return {k: v.detach().to("cpu", copy=True) for k, v in self.model.state_dict().items()}
+
+    # -- a step
+
+    def _batch(self, x: Tensor, y: Tensor) -> None:
+        at, settings = self.at, self.settings
+        self._adjust()
+        if x.shape[0] == 1 and self._trains_norms():
+            self._leave_out()
+            at.step += 1
+            return
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
+            scores = self.model(x)
+        check_scores(scores, y, "train")
+        loss = self.objective(x, scores, y)
+        for term in (hook.loss(self.model) for hook in self.hooks):
+            if term is not None:
+                loss = loss + term
+        value, count = float(loss.detach()), int(y.shape[0])
+        cause = self.guard.see(value)
+        if cause is not None:
+            if not math.isfinite(value) and not bool(torch.isfinite(x).all()):
+                raise DataError(f"images of epoch {at.epoch + 1}, step {at.step + 1} hold nan or inf", "check the data")
+            raise _DivergedError(cause)
+        if self._pending == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        # of several batches the sum over images is collected, and divided by their number in `_update`
+        (loss if settings.accumulate == 1 else loss * count).backward()  # type: ignore[no-untyped-call]
+        right = int((scores.detach().argmax(1) == y).sum())
+        at.tally.add(value, right, count)
+        at.window.add(value, right, count)
+        at.step += 1
+        self._pending, self._pending_batches = self._pending + count, self._pending_batches + 1
+        if self._pending_batches == settings.accumulate:
+            self._update()
+
+    def _update(self) -> None:
+        """Let the optimizer take a step, and do what is due after it."""
+        at, settings = self.at, self.settings
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if settings.accumulate > 1:
+            torch._foreach_div_(gradients, float(self._pending))
+        first = at.step - self._pending_batches
+        self._pending = self._pending_batches = 0
+        norm: float | None = None
+        if settings.clip_norm is not None:
+            norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
+            if not math.isfinite(norm):
+                raise _DivergedError(f"the norm of the gradient is {norm}")
+        step = self._steps_done() - 1
+        factor = rate_factor(settings.schedule, step, self.split.steps, settings.epochs)
+        at.lr = settings.optimizer.lr * factor * self.guard.rate
+        set_rate(self.optimizer, at.lr)
+        self.optimizer.step()
+        for hook in self.hooks:
+            hook.step_end(self.model)
+        if self.average is not None:
+            self.average.update()
+        if self.log is not None and _passes(self.log.every, first, at.step):
+            self._log_step(self.log, float(nn.utils.get_total_norm(gradients)) if norm is None else norm)
+        if at.step < self.split.steps and self._is_due(first):
+            self._keep()
+
+    def _log_step(self, log: TrainingLog, norm: float) -> None:
+        at = self.at
+        metrics = {f"{hook.name}.{key}": float(v) for hook in self.hooks for key, v in hook.metrics().items()}
+        record = StepRecord(at.epoch + 1, self._steps_done(), at.window.mean, at.window.top1, at.lr, norm, metrics)
+        log.step(record, self.model)
+        at.window = Tally()
+
+    def _adjust(self) -> None:
+        """Bring phases and batch norms to where the schedule has them now."""
+        if not isinstance(self.model, Prepared):
+            return
+        step, per_epoch = self._steps_done(), self.split.steps
+        phase = phase_at(self.settings, step, per_epoch)
+        if phase != self._phase:
+            self.model.set_phase(phase)
+            if self._phase is not None:
+                # the loss is of another function from here on
+                self.guard.forget()
+            self._phase = phase
+        if not self._norms_frozen and norms_frozen_at(self.settings, step, per_epoch):
+            self.model.freeze_batch_norm()
+            self._norms_frozen = True
+
+    def _trains_norms(self) -> bool:
+        return any(isinstance(module, _BatchNorm) and module.training for module in self.model.modules())
+
+    def _leave_out(self) -> None:
+        if self.split.batch_size == 1:
+            raise DataError(
+                "batches of one image cannot train batch norms", "give a larger data.batch_size, or freeze batch norms"
+            )
+        if "single" not in self._told:
+            self._told.add("single")
+            self.say("  batches of one image are left out: batch norms cannot be trained on them")
+
+    # -- going back and going on
+
+    def _keep(self) -> None:
+        """Remember this state, on disk if there is a store."""
+        self._saved_at = time.monotonic()
+        if self.store is None and self.settings.guard.retries == 0:
+            return
+        self.good = self._snapshot()
+        if self.store is not None:
+            self.store.save(self.good)
+
+    def _is_due(self, first: int) -> bool:
+        """Tell whether a checkpoint is due within an epoch; a doubtful state is none to return to."""
+        every, seconds = self.settings.checkpoint.every_steps, self.settings.checkpoint.every_seconds
+        by_steps = every is not None and _passes(every, first, self.at.step)
+        by_time = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        return (by_steps or by_time) and self.guard.calm
+
+    def _snapshot(self) -> Snapshot:
+        return self.parts.snapshot(self.at, {"log_lines": 0 if self.log is None else self.log.position()})
+
+    def _restore(self, snapshot: Snapshot, source: str) -> None:
+        self.at = self.parts.restore(snapshot, source)
+        self._norms_frozen = False
+        if isinstance(self.model, Prepared) and self._steps_done():
+            # the phase of the last step, so that a change that is due now is noticed as one
+            self._phase = phase_at(self.settings, self._steps_done() - 1, self.split.steps)
+            self.model.set_phase(self._phase)
+        else:
+            self._phase = None
+        self._pending = self._pending_batches = 0
+        if self.log is not None:
+            self.log.begin(int(snapshot.info["log_lines"]), self._steps_done())
+
+    def _go_back(self, cause: str) -> None:
+        """Go back to the last good state, with a lower rate.
+
+        Raises:
+            TrainError: That was done often enough.
+        """
+        guard, place = self.guard, f"in epoch {self.at.epoch + 1}, step {self.at.step + 1}"
+        rate, returns = guard.rate, guard.returns
+        if self.good is None or not guard.step_back():
+            tries = f", also after {returns} returns with rates down to {rate:g} of the asked one" if returns else ""
+            raise TrainError(
+                f"{cause} {place}{tries}",
+                "lower the learning rate, clip the gradient (clip_norm), or check the data",
+            )
+        rate, returns = guard.rate, guard.returns
+        self._restore(self.good, "the last good state")
+        guard.forget()
+        guard.rate, guard.returns = rate, returns
+        epoch, step = self.at.epoch + 1, self.at.step
+        self.say(
+            f"  {cause} {place}: back to epoch {epoch}, step {step + 1}, with {rate:g} of the learning rate"
+            f" ({returns} of {self.settings.guard.retries})"
+        )
+        if self.log is not None:
+            self.log.went_back(cause, epoch, self._steps_done(), rate)
+
+    # -- numbers
+
+    def _steps_done(self) -> int:
+        return self.at.epoch * self.split.steps + self.at.step
+
+    def _steps_in_all(self) -> int:
+        return self.settings.epochs * self.split.steps
+
+    def _checkpoint_size(self) -> int:
+        """Return about how many bytes a checkpoint has."""
+        slots = {"sgd": 1, "adam": 2, "adamw": 2}[self.settings.optimizer.name]
+        trained = sum(p.numel() * p.element_size() for p in self.parameters)
+        tensors = [t for t in self.model.state_dict().values() if isinstance(t, Tensor)]
+        model = sum(t.numel() * t.element_size() for t in tensors)
+        return model * (1 if self.average is None else 2) + trained * slots
+
+
+def _passes(every: int, before: int, now: int) -> bool:
+    """Tell whether a multiple of `every` lies in (before, now]."""
+    return now // every > before // every
