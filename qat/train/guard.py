@@ -8,8 +8,8 @@ from typing import Any
 
 from qat.train.settings import GuardSettings
 
-#: weight of a step in the moving average of the loss, and how many steps it takes before that average means something
-_WEIGHT, _FIRST = 0.1, 10
+#: weight of a step in the moving average of the loss
+_WEIGHT = 0.1
 
 
 class Guard:
@@ -51,8 +51,6 @@ class Guard:
         self._steps += 1
         # the mean of all losses at first, then an exponential average
         self._mean += (loss - self._mean) * max(_WEIGHT, 1.0 / self._steps)
-        if self._steps < _FIRST:
-            return None
         if self._mean > self._limit:
             return f"the loss rose to {self._mean:.4g} from {self._lowest:.4g}"
         self._lowest = min(self._lowest, self._mean)

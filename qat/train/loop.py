@@ -40,7 +40,16 @@ class Prepared(Protocol):
 
 
 class _DivergedError(Exception):
-    """Something about the last step says that training diverges."""
+    """Training diverges.
+
+    Args:
+        cause: What says so.
+        step: Batch of the epoch, from 1.
+    """
+
+    def __init__(self, cause: str, step: int) -> None:
+        self.step = step
+        super().__init__(cause)
 
 
 class Loop:
@@ -90,7 +99,7 @@ class Loop:
             try:
                 self._epoch()
             except _DivergedError as cause:
-                self._go_back(str(cause))
+                self._go_back(str(cause), cause.step)
         self._finish()
         return self.at.records
 
@@ -161,6 +170,7 @@ class Loop:
 
     def _end_epoch(self) -> None:
         at = self.at
+        self._require_finite()
         measured = self._validate()
         record = EpochRecord(
             at.epoch + 1,
@@ -231,7 +241,7 @@ class Loop:
         if cause is not None:
             if not math.isfinite(value) and not bool(torch.isfinite(x).all()):
                 raise DataError(f"images of epoch {at.epoch + 1}, step {at.step + 1} hold nan or inf", "check the data")
-            raise _DivergedError(cause)
+            raise _DivergedError(cause, at.step + 1)
         if self._pending == 0:
             self.optimizer.zero_grad(set_to_none=True)
         # of several batches the sum over images is collected, and divided by their number in `_update`
@@ -256,7 +266,7 @@ class Loop:
         if settings.clip_norm is not None:
             norm = float(nn.utils.clip_grad_norm_(self.parameters, settings.clip_norm))
             if not math.isfinite(norm):
-                raise _DivergedError(f"the norm of the gradient is {norm}")
+                raise _DivergedError(f"the norm of the gradient is {norm}", at.step)
         step = self._steps_done() - 1
         factor = rate_factor(settings.schedule, step, self.split.steps, settings.epochs)
         at.lr = settings.optimizer.lr * factor * self.guard.rate
@@ -269,6 +279,7 @@ class Loop:
         if self.log is not None and _passes(self.log.every, first, at.step):
             self._log_step(self.log, float(nn.utils.get_total_norm(gradients)) if norm is None else norm)
         if at.step < self.split.steps and self._is_due(first):
+            self._require_finite()
             self._keep()
 
     def _log_step(self, log: TrainingLog, norm: float) -> None:
@@ -306,6 +317,11 @@ class Loop:
             self._told.add("single")
             self.say("  batches of one image are left out: batch norms cannot be trained on them")
 
+    def _require_finite(self) -> None:
+        """Notice broken weights before anything is made of them: no state with such weights is one to return to."""
+        if not all(bool(torch.isfinite(p).all()) for p in self.parameters):
+            raise _DivergedError("weights are not finite", self.at.step)
+
     # -- going back and going on
 
     def _keep(self) -> None:
@@ -340,13 +356,13 @@ class Loop:
         if self.log is not None:
             self.log.begin(int(snapshot.info["log_lines"]), self._steps_done())
 
-    def _go_back(self, cause: str) -> None:
+    def _go_back(self, cause: str, step: int) -> None:
         """Go back to the last good state, with a lower rate.
 
         Raises:
             TrainError: That was done often enough.
         """
-        guard, place = self.guard, f"in epoch {self.at.epoch + 1}, step {self.at.step + 1}"
+        guard, place = self.guard, f"in epoch {self.at.epoch + 1}, step {step}"
         rate, returns = guard.rate, guard.returns
         if self.good is None or not guard.step_back():
             tries = f", also after {returns} returns with rates down to {rate:g} of the asked one" if returns else ""
@@ -358,9 +374,9 @@ class Loop:
         self._restore(self.good, "the last good state")
         guard.forget()
         guard.rate, guard.returns = rate, returns
-        epoch, step = self.at.epoch + 1, self.at.step
+        epoch = self.at.epoch + 1
         self.say(
-            f"  {cause} {place}: back to epoch {epoch}, step {step + 1}, with {rate:g} of the learning rate"
+            f"  {cause} {place}: back to epoch {epoch}, step {self.at.step + 1}, with {rate:g} of the learning rate"
             f" ({returns} of {self.settings.guard.retries})"
         )
         if self.log is not None:
