@@ -23,6 +23,7 @@ from qat.recipe.folder import CHECKPOINTS, ENCODINGS, ONNX, PLAN, RunFolder, Run
 from qat.recipe.report import check_expectations, results_table
 from qat.recipe.schema import Recipe, Stage
 from qat.recipe.session import Session
+from qat.train.board import summary_writer
 from qat.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from qat.train.evaluate import evaluate
 
@@ -101,6 +102,8 @@ class _Run:
         folder.check(self.recipe, resume=resume, overwrite=overwrite)
         self.model = self.session.model
         stages.check_model(self.model, self.session.data)
+        if any(stage.train is not None and stage.train.tensorboard for stage in self.recipe.stages):
+            summary_writer()
         self.qmodel: PreparedModel | None = None
         state = folder.open(self.recipe, resume=resume, overwrite=overwrite)
         self.state = replace(state, stages=state.stages[:sound])

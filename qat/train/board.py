@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from qat.errors import StateError
-from qat.quantizers import Quantizer
+from qat.errors import QatError, StateError
+from qat.graph.prepared import PreparedModel
+from qat.quantizers import FakeQuantize
 from qat.train.hooks import EpochRecord
 
 if TYPE_CHECKING:
     from qat.train.log import StepRecord
+
+
+def summary_writer() -> Callable[..., Any]:
+    """Return torch's writer of event files.
+
+    Raises:
+        StateError: The package `tensorboard` is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise StateError(
+            f"tensorboard: true needs the package tensorboard ({error})", "pip install tensorboard"
+        ) from None
+    made: Callable[..., Any] = SummaryWriter
+    return made
 
 
 class Board:
@@ -27,14 +45,8 @@ class Board:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise StateError(
-                f"tensorboard: true needs the package tensorboard ({error})", "pip install tensorboard"
-            ) from None
         self.folder = folder
-        self._make: Any = SummaryWriter
+        self._make = summary_writer()
         self._writer: Any = None
 
     def begin(self, step: int) -> None:
@@ -76,13 +88,20 @@ class Board:
 
 
 def quantizer_scalars(model: nn.Module) -> dict[str, float]:
-    """Return scale (the mean of several) and range of every quantizer that has them, by `what/tensor`."""
+    """Return scale (the mean of several) and range of everything that is quantized, by `what/tensor`."""
     values: dict[str, float] = {}
     for module in model.modules():
-        if not isinstance(module, Quantizer):
-            continue
-        values[f"scale/{module.name}"] = float(module.scale.detach().mean())
-        low, high = float(module.min_val.min()), float(module.max_val.max())
-        if low <= high:
-            values |= {f"range_min/{module.name}": low, f"range_max/{module.name}": high}
+        if isinstance(module, FakeQuantize):
+            values[f"scale/{module.name}"] = float(module.scale.detach().mean())
+            low, high = float(module.min_val.min()), float(module.max_val.max())
+            if low <= high:
+                values |= {f"range_min/{module.name}": low, f"range_max/{module.name}": high}
+    if isinstance(model, PreparedModel):
+        for name, quantizer, weight in model.weight_quantizers():
+            # a weight's grid is made anew in every forward pass: its buffers have the one of the calibration
+            with contextlib.suppress(QatError):
+                encoding = quantizer.codes(weight)[1]
+                values[f"scale/{name}"] = sum(encoding.scale) / len(encoding.scale)
+                if encoding.min is not None and encoding.max is not None:
+                    values |= {f"range_min/{name}": min(encoding.min), f"range_max/{name}": max(encoding.max)}
     return values

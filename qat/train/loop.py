@@ -111,7 +111,7 @@ class Loop:
                 f"{self.split.batch_size} and are left out (data.last_batch: keep trains on them too)"
             )
         if self.store is not None:
-            self.store.require_space(self._checkpoint_size())
+            self.store.require_space(self.parts.size())
         found = None if self.store is None else self.store.latest(self.say)
         if found is None:
             if self.log is not None:
@@ -389,14 +389,6 @@ class Loop:
 
     def _steps_in_all(self) -> int:
         return self.settings.epochs * self.split.steps
-
-    def _checkpoint_size(self) -> int:
-        """Return about how many bytes a checkpoint has."""
-        slots = {"sgd": 1, "adam": 2, "adamw": 2}[self.settings.optimizer.name]
-        trained = sum(p.numel() * p.element_size() for p in self.parameters)
-        tensors = [t for t in self.model.state_dict().values() if isinstance(t, Tensor)]
-        model = sum(t.numel() * t.element_size() for t in tensors)
-        return model * (1 if self.average is None else 2) + trained * slots
 
 
 def _passes(every: int, before: int, now: int) -> bool:

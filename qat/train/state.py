@@ -15,7 +15,7 @@ from qat.train.checkpoint import load_state
 from qat.train.ema import WeightAverage
 from qat.train.guard import Guard
 from qat.train.hooks import EpochRecord, Hook
-from qat.train.optimizer import load_optimizer_tensors, optimizer_tensors
+from qat.train.optimizer import load_optimizer_tensors, optimizer_tensors, trained_parameters
 from qat.train.rng import random_state, set_random_state
 
 
@@ -142,6 +142,15 @@ class Parts:
         for name in names:
             if names.count(name) > 1:
                 raise TrainError(f"two hooks of the training are called {name!r}", "give each a name of its own")
+
+    def size(self) -> int:
+        """Return about how many bytes a snapshot has once the optimizer has taken a step."""
+        # sgd keeps a momentum, the others two moments
+        slots = 1 if isinstance(self.optimizer, torch.optim.SGD) else 2
+        averages = [] if self.average is None else list(self.average.state_dict().values())
+        tensors = [t for t in (*self.model.state_dict().values(), *averages) if isinstance(t, Tensor)]
+        tensors += trained_parameters(self.optimizer) * slots
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def snapshot(self, position: Position, extra: Mapping[str, Any]) -> Snapshot:
         """Copy everything.
