@@ -182,7 +182,7 @@ class RunFolder:
         existing = self._existing()
         if existing is not None and resume:
             _check_same_recipe(self.recipe(), recipe, self.path)
-        elif existing is not None and existing.stages and not overwrite:
+        elif existing is not None and (existing.stages or self._has_checkpoints()) and not overwrite:
             what = "a finished run" if existing.status == "done" else "an unfinished run"
             raise OutputError(
                 f"{self.path} holds {what}",
@@ -249,6 +249,10 @@ class RunFolder:
         if any(p.name not in {CHECKPOINTS, METRICS, LOG} and not p.name.startswith(".") for p in self.path.iterdir()):
             raise OutputError(f"{self.path} exists and is not the folder of a run", "choose another folder with --out")
         return None
+
+    def _has_checkpoints(self) -> bool:
+        """Whether there is anything to lose: also within its first stage a training writes checkpoints."""
+        return any((self.path / CHECKPOINTS).rglob("*.safetensors"))
 
     def _clear(self) -> None:
         try:

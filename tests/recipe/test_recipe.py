@@ -116,6 +116,26 @@ def test_the_resolved_recipe_is_the_same_recipe() -> None:
             {"stages": [{"train": {"phase": "float", "epochs": 1, "distill": {}}}]},
             "stages[0].train.distill has no meaning for the float model",
         ),
+        (
+            {"stages": [{"train": {"phase": "float", "epochs": 1, "quantize_after": 0.5}}]},
+            "stages[0].train.quantize_after has no meaning for the float model",
+        ),
+        (
+            {"stages": ["calibrate", {"train": {"epochs": 2, "quantize_after": 2}}]},
+            "stages[1].train.quantize_after is 2 of 2 epochs; give less",
+        ),
+        (
+            {"stages": ["calibrate", {"train": {"epochs": 2, "guard": {"factor": 1.0}}}]},
+            "stages[1].train.guard.factor is 1.0; it should be less than 1",
+        ),
+        (
+            {"stages": ["calibrate", {"train": {"epochs": 2, "checkpoint": {"every_step": 5}}}]},
+            "unknown key stages[1].train.checkpoint.every_step; did you mean 'every_steps'?",
+        ),
+        (
+            {"stages": ["calibrate", {"train": {"epochs": 2, "ema": 1.0}}]},
+            "stages[1].train.ema is 1.0; it should be less than 1",
+        ),
         ({"stages": [], "export": {"onnx": {}}}, "export.onnx needs ranges; add a calibrate stage"),
         ({"stages": [], "expect": {"top1": 0.5}}, "expect.top1 and expect.max_drop speak of the quantized model"),
     ],

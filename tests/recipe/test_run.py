@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import qat
-from qat.errors import CheckpointError, DataError, ExpectationError, OutputError, RecipeError, TrainError
+from qat.errors import CheckpointError, DataError, ExpectationError, OutputError, RecipeError, StateError, TrainError
 from qat.recipe import stages, training
 from qat.recipe.folder import RunFolder, RunState, first_difference
 from qat.recipe.load import parse_recipe
@@ -20,6 +22,7 @@ from qat.recipe.report import check_expectations, last_quantized, results_table
 from qat.recipe.run import run_recipe
 from qat.recipe.schema import ExpectPart, Recipe
 from qat.train.checkpoint import load_checkpoint
+from qat.train.log import read_log
 
 RESULTS = {
     "float": {"top1": 0.95, "top5": 1.0, "loss": 0.1, "n": 20},
@@ -140,6 +143,101 @@ def test_a_resumed_run_ends_as_one_that_was_not_interrupted(
     for name in ("encodings.json", "model.onnx"):
         assert (tmp_path / "r" / name).read_bytes() == (folder / name).read_bytes(), name
     assert RunFolder(tmp_path / "r").state().results == RunFolder(folder).state().results
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_a_stage_with_a_damaged_checkpoint_is_named_and_done_again(
+    finished: tuple[Path, list[str]], tmp_path: Path, damaged: int
+) -> None:
+    folder = tmp_path / "r"
+    shutil.copytree(finished[0], folder)
+    path = folder / RunFolder(folder).state().stages[damaged].checkpoint
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes(raw)
+    lines: list[str] = []
+    run_recipe(recipe(), folder, quiet=True, resume=True, say=lines.append)
+    assert (
+        f"warning: {path} is damaged: its checksum is another; copy the file again; going on from the stage before"
+        in lines
+    )
+    for name in ("encodings.json", "model.onnx", *(s.checkpoint for s in RunFolder(finished[0]).state().stages)):
+        assert (folder / name).read_bytes() == (finished[0] / name).read_bytes(), name
+    assert RunFolder(folder).state().results == RunFolder(finished[0]).state().results
+
+
+def test_a_resumed_run_clears_up_and_tells_of_other_versions(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    shutil.copytree(finished[0], folder)
+    (folder / "checkpoints" / ".x.safetensors.0123abcd.part").write_bytes(b"half")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics["details"]["versions"]["torch"] = "1.0"
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    lines: list[str] = []
+    run_recipe(recipe(), folder, quiet=True, resume=True, say=lines.append)
+    assert not list(folder.rglob(".*"))
+    told = f"warning: the run was begun with torch 1.0 and goes on with {torch.__version__}: it may end with other bits"
+    assert any(line.startswith(told) for line in lines)
+
+
+def test_what_a_first_stage_has_written_is_not_lost_by_accident(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Tell, "epoch_end", interrupt)
+    changes: dict[str, Any] = {"stages": [{"train": {"phase": "float", "epochs": 2, "checkpoint": {"every_steps": 2}}}]}
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe(**changes, export={}), tmp_path / "r", quiet=True)
+    monkeypatch.undo()
+    with pytest.raises(OutputError, match="holds an unfinished run; add --resume"):
+        run_recipe(recipe(**changes, export={}), tmp_path / "r", quiet=True)
+    lines: list[str] = []
+    run_recipe(recipe(**changes, export={}), tmp_path / "r", quiet=True, resume=True, say=lines.append)
+    assert "  resuming at epoch 1, step 5" in lines
+    assert not (tmp_path / "r" / "checkpoints" / "unfinished").exists()
+
+
+def test_everything_a_training_stage_can_do(tmp_path: Path) -> None:
+    lines: list[str] = []
+    train = {
+        "epochs": 2,
+        "optimizer": {"name": "sgd", "lr": 0.001},
+        "quantizer_lr": 0.1,
+        "accumulate": 2,
+        "quantize_after": 0.5,
+        "freeze_ranges_after": 1.5,
+        "reestimate_bn": 64,
+        "ema": 0.5,
+        "patience": 1,
+        "distill": {"features": ["stem.0", "pool"], "feature_loss": "cosine"},
+        "log_every": 1,
+    }
+    data = {
+        "name": "digits",
+        "batch_size": 32,
+        "limit": {"train": 200, "test": 40},
+        "validation": 40,
+        "last_batch": "keep",
+    }
+    whole = recipe(stages=[{"calibrate": {"images": 64}}, {"train": train}], export={}, data=data)
+    result = run_recipe(whole, tmp_path / "r", quiet=True, say=lines.append)
+    assert "  statistics of 4 batch norms taken anew" in lines
+    assert any("validation top-1" in line for line in lines)
+    records = read_log(tmp_path / "r" / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "step"] == [2, 4, 5, 7, 9, 10]
+    assert {r["stage"] for r in records} == {1}
+    assert result.state.stages[1].epochs[0]["validation_top1"] == records[3]["validation_top1"]
+    assert "QAT" in result.state.results
+
+
+def test_without_the_package_tensorboard_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    asked = recipe(stages=["calibrate", {"train": {"epochs": 1, "tensorboard": True}}])
+    with pytest.raises(StateError, match="pip install tensorboard"):
+        run_recipe(asked, tmp_path / "r", quiet=True)
+    assert not (tmp_path / "r").exists()
 
 
 def test_a_run_is_never_lost_by_accident(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
