@@ -32,8 +32,9 @@ def draw_curves(log: Path, picture: Path) -> bool:
     from matplotlib.figure import Figure
 
     # not through pyplot, which would keep the figure and may want a display
-    figure = Figure(figsize=(9, 8), layout="constrained")
+    figure = Figure(figsize=(9, 8))
     FigureCanvasAgg(figure)
+    figure.subplots_adjust(left=0.09, right=0.98, bottom=0.07, top=0.98, hspace=0.07)
     loss, accuracy, rate = figure.subplots(3, 1, sharex=True)
     offset = 0
     for number, stage in enumerate(stages):
@@ -66,7 +67,7 @@ def draw_curves(log: Path, picture: Path) -> bool:
     for axes in (loss, accuracy, rate):
         axes.grid(alpha=0.3)
     with atomic_path(picture) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=100)
     return True
 
 
