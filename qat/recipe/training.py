@@ -92,7 +92,8 @@ def train(
     if data.train is None:
         raise DataError("the data has no labelled training images", "give data.train, or leave out the train stage")
     board = Board(place.run / BOARD / f"{place.index}-{place.label.lower()}") if part.tensorboard else None
-    hooks = [Tell(say, part.epochs)]
+    hooks: list[Hook] = [Tell(say, part.epochs)]
+    store = place.store(part.checkpoint.keep)
     records = fit(
         model,
         data.train,
@@ -100,7 +101,7 @@ def train(
         teacher=teacher,
         hooks=hooks,
         validation=data.validation,
-        store=place.store(part.checkpoint.keep),
+        store=store,
         log=TrainingLog(place.run / TRAINING_LOG, place.index, place.label, part.log_every, board),
         say=say,
         quiet=quiet,
@@ -111,5 +112,8 @@ def train(
         progress = False if quiet else None
         names = qat.reestimate_batch_norm(model, images, samples=part.reestimate_bn, progress=progress)
         say(f"  statistics of {len(names)} batch norms taken anew")
+    if part.patience is None:
+        # where there is patience, the best one is the one that is kept anyway
+        store.keep_best(place.checkpoints / f"{place.index}-train-{place.label.lower()}-best.safetensors")
     draw_curves(place.run / TRAINING_LOG, place.run / CURVES)
     return records

@@ -291,19 +291,25 @@ class Loop:
 
     def _adjust(self) -> None:
         """Bring phases and batch norms to where the schedule has them now."""
+        begun = self._phase is not None
+        if self._enter(self._steps_done()) and begun:
+            # the loss is of another function from here on
+            self.guard.forget()
+
+    def _enter(self, step: int) -> bool:
+        """Bring phases and batch norms to where the schedule has them at a step; tell whether that changed anything."""
         if not isinstance(self.model, Prepared):
-            return
-        step, per_epoch = self._steps_done(), self.split.steps
-        phase = phase_at(self.settings, step, per_epoch)
-        if phase != self._phase:
+            return False
+        phase = phase_at(self.settings, step, self.split.steps)
+        freezes = not self._norms_frozen and norms_frozen_at(self.settings, step, self.split.steps)
+        changes = phase != self._phase
+        if changes:
             self.model.set_phase(phase)
-            if self._phase is not None:
-                # the loss is of another function from here on
-                self.guard.forget()
             self._phase = phase
-        if not self._norms_frozen and norms_frozen_at(self.settings, step, per_epoch):
+        if freezes:
             self.model.freeze_batch_norm()
             self._norms_frozen = True
+        return changes or freezes
 
     def _trains_norms(self) -> bool:
         return any(isinstance(module, _BatchNorm) and module.training for module in self.model.modules())
@@ -345,13 +351,10 @@ class Loop:
 
     def _restore(self, snapshot: Snapshot, source: str) -> None:
         self.at = self.parts.restore(snapshot, source)
-        self._norms_frozen = False
-        if isinstance(self.model, Prepared) and self._steps_done():
-            # the phase of the last step, so that a change that is due now is noticed as one
-            self._phase = phase_at(self.settings, self._steps_done() - 1, self.split.steps)
-            self.model.set_phase(self._phase)
-        else:
-            self._phase = None
+        self._phase, self._norms_frozen = None, False
+        if self._steps_done():
+            # as at the last step, so that a change that is due now is noticed as one
+            self._enter(self._steps_done() - 1)
         self._pending = self._pending_batches = 0
         if self.log is not None:
             self.log.begin(int(snapshot.info["log_lines"]), self._steps_done())

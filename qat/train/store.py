@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import CheckpointError, OutputError
+from qat.files import atomic_write_bytes
 from qat.train.checkpoint import load_checkpoint, save_checkpoint
 from qat.train.state import Snapshot
 
@@ -65,6 +66,17 @@ class TrainingCheckpoints:
             CheckpointError: It is missing or damaged.
         """
         return dict(load_checkpoint(self._best(epoch)).tensors)
+
+    def keep_best(self, path: Path) -> None:
+        """Copy the model of the best epoch, if there is one, to a file that stays.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        # later ones are better: only then are they written
+        found = max((p for p in self._files() if _BEST.fullmatch(p.name)), default=None)
+        if found is not None:
+            atomic_write_bytes(path, found.read_bytes())
 
     def latest(self, say: Callable[[str], None]) -> Snapshot | None:
         """Read the newest checkpoint that is whole; each damaged one is named. None where there is none.

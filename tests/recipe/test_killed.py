@@ -42,7 +42,7 @@ def test_twenty_kills_change_nothing(tmp_path: Path, seed: int) -> None:
     whole = tmp_path / "runs" / "whole"
     names = sorted(str(p.relative_to(whole)) for p in whole.rglob("*") if p.is_file())
     same = [n for n in names if n.endswith((".safetensors", ".onnx", ".yaml")) or n in ("encodings.json", "plan.json")]
-    assert len(same) == 7
+    assert len(same) == 8
     resumed = 0
     for number in range(told["folders"]):
         killed = tmp_path / "runs" / f"killed-{number}"

@@ -199,6 +199,20 @@ def test_what_a_first_stage_has_written_is_not_lost_by_accident(
     assert not (tmp_path / "r" / "checkpoints" / "unfinished").exists()
 
 
+def test_the_best_epoch_stays_where_the_last_one_is_kept(tmp_path: Path) -> None:
+    data: dict[str, Any] = {"name": "digits", "batch_size": 32, "limit": {"train": 200, "test": 40}, "validation": 40}
+    train = {"phase": "float", "epochs": 3, "optimizer": {"name": "adamw", "lr": 0.02}}
+    result = run_recipe(recipe(stages=[{"train": train}], export={}, data=data), tmp_path / "r", quiet=True)
+    names = sorted(p.name for p in (tmp_path / "r" / "checkpoints").iterdir())
+    assert names == ["0-train-float-best.safetensors", "0-train-float.safetensors"]
+    scores = [e["validation_top1"] for e in result.state.stages[0].epochs]
+    best = load_checkpoint(tmp_path / "r" / "checkpoints" / names[0])
+    assert best.info == {"epoch": scores.index(max(scores)) + 1, "score": max(scores)}
+    last = load_checkpoint(tmp_path / "r" / "checkpoints" / names[1])
+    same = all(torch.equal(last.tensors[k], v) for k, v in best.tensors.items())
+    assert same == (best.info["epoch"] == 3)
+
+
 def test_everything_a_training_stage_can_do(tmp_path: Path) -> None:
     lines: list[str] = []
     train = {
