@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from qat.errors import TrainError
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -124,6 +126,9 @@ class TrainSettings:
             after which training ends; the model of the best epoch is kept. None for never.
         guard: What is done when training diverges.
         checkpoint: When a training that has somewhere to write writes down where it is.
+
+    Raises:
+        TrainError: A number is outside of what it may be; it is named.
     """
 
     epochs: int = 1
@@ -142,3 +147,23 @@ class TrainSettings:
     patience: int | None = None
     guard: GuardSettings = field(default_factory=GuardSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+
+    def __post_init__(self) -> None:
+        every, seconds = self.checkpoint.every_steps, self.checkpoint.every_seconds
+        for name, value, fits, legal in (
+            ("epochs", self.epochs, self.epochs >= 1, "1 or more"),
+            ("optimizer.lr", self.optimizer.lr, self.optimizer.lr > 0, "a positive number"),
+            ("quantizer_lr", self.quantizer_lr, self.quantizer_lr > 0, "a positive number"),
+            ("accumulate", self.accumulate, self.accumulate >= 1, "1 or more"),
+            ("clip_norm", self.clip_norm, self.clip_norm is None or self.clip_norm > 0, "a positive number"),
+            ("ema", self.ema, self.ema is None or 0 < self.ema < 1, "a number between 0 and 1"),
+            ("patience", self.patience, self.patience is None or self.patience >= 1, "1 or more"),
+            ("guard.retries", self.guard.retries, self.guard.retries >= 0, "0 or more"),
+            ("guard.factor", self.guard.factor, 0 < self.guard.factor < 1, "a number between 0 and 1"),
+            ("guard.blow_up", self.guard.blow_up, self.guard.blow_up > 1, "more than 1"),
+            ("checkpoint.keep", self.checkpoint.keep, self.checkpoint.keep >= 1, "1 or more"),
+            ("checkpoint.every_steps", every, every is None or every >= 1, "1 or more"),
+            ("checkpoint.every_seconds", seconds, seconds is None or seconds > 0, "a positive number"),
+        ):
+            if not fits:
+                raise TrainError(f"{name} of a training is {value}", f"give {legal}")

@@ -113,10 +113,6 @@ class TrainingCheckpoints:
                 "free some space, choose another folder, or keep fewer (checkpoint.keep)",
             )
 
-    def clear(self) -> None:
-        """Remove all of it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
     def _best(self, epoch: int) -> Path:
         return self.folder / f"best-{epoch:04d}.safetensors"
 

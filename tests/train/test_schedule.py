@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,29 @@ def test_training_without_calibration_observes_first() -> None:
     fit(qmodel, blobs(), TrainSettings(epochs=8, optimizer=SGD, quantize_after=2))
     assert all(e.provenance in ("qat", "derived", "ptq") for e in qmodel.encodings().values())
     assert evaluate(qmodel, blobs()).top1 > 0.95
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "epochs of a training is 0; give 1 or more"),
+        ({"optimizer": OptimizerSettings(lr=0.0)}, r"optimizer\.lr of a training is 0\.0; give a positive number"),
+        ({"quantizer_lr": -1.0}, r"quantizer_lr of a training is -1\.0"),
+        ({"accumulate": 0}, "accumulate of a training is 0; give 1 or more"),
+        ({"clip_norm": 0.0}, r"clip_norm of a training is 0\.0"),
+        ({"ema": 1.0}, r"ema of a training is 1\.0; give a number between 0 and 1"),
+        ({"patience": 0}, "patience of a training is 0"),
+        ({"guard": GuardSettings(retries=-1)}, r"guard\.retries of a training is -1"),
+        ({"guard": GuardSettings(factor=1.0)}, r"guard\.factor of a training is 1\.0"),
+        ({"guard": GuardSettings(blow_up=1.0)}, r"guard\.blow_up of a training is 1\.0; give more than 1"),
+        ({"checkpoint": CheckpointSettings(keep=0)}, r"checkpoint\.keep of a training is 0"),
+        ({"checkpoint": CheckpointSettings(every_steps=0)}, r"checkpoint\.every_steps of a training is 0"),
+        ({"checkpoint": CheckpointSettings(every_seconds=0)}, r"checkpoint\.every_seconds of a training is 0"),
+    ],
+)
+def test_impossible_settings_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(TrainError, match=message):
+        TrainSettings(**settings)
 
 
 # -- rates
