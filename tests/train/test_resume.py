@@ -22,7 +22,13 @@ from qat.train.data import AugmentSpec, DataSpec, Split, load_data
 from qat.train.hooks import Hook
 from qat.train.log import TrainingLog, read_log
 from qat.train.rng import random_state, set_random_state
-from qat.train.settings import CheckpointSettings, DistillSettings, OptimizerSettings, TrainSettings
+from qat.train.settings import (
+    CheckpointSettings,
+    DistillSettings,
+    GuardSettings,
+    OptimizerSettings,
+    TrainSettings,
+)
 from qat.train.store import TrainingCheckpoints
 from qat.train.trainer import fit
 
@@ -129,6 +135,32 @@ def test_a_stopped_training_ends_as_one_that_was_not(
     assert lines(tmp_path) == lines(whole[1])
     # one step of the optimizer is two batches, and checkpoints are two batches apart
     assert any("resuming at epoch" in line for line in said) == (stops[-1] > 1)
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 11])
+def test_a_training_that_went_back_is_resumed_with_its_lower_rate(tmp_path: Path, stop: int) -> None:
+    settings = TrainSettings(
+        epochs=3,
+        optimizer=OptimizerSettings(lr=1e4, momentum=0.9),
+        guard=GuardSettings(retries=9, factor=0.2),
+        checkpoint=CheckpointSettings(every_steps=1),
+    )
+
+    def run(folder: Path, hook: Counting) -> tuple[nn.Module, list[str]]:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 3))
+        said: list[str] = []
+        train(model, folder, settings, hook, said)
+        return model, said
+
+    expected, said = run(tmp_path / "whole", Counting())
+    assert any("of the learning rate (2 of 9)" in line for line in said)
+    with pytest.raises(Stop):
+        run(tmp_path / "stopped", Counting(stop))
+    model, _ = run(tmp_path / "stopped", Counting())
+    assert same_state(model, expected)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    assert any(r["kind"] == "return" for r in read_log(tmp_path / "whole" / "log.jsonl"))
 
 
 def test_the_log_tells_steps_epochs_and_what_hooks_count(whole: tuple[PreparedModel, Path, Counting]) -> None:
