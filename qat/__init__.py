@@ -13,6 +13,7 @@ from qat.analysis.compare import Comparison, compare
 from qat.encoding import Encoding, Encodings
 from qat.errors import QatError
 from qat.export.model import export_onnx
+from qat.export.tflite.model import export_tflite
 from qat.graph.plan import Plan
 from qat.graph.prepare import optimize_for_training, plan, prepare
 from qat.graph.prepared import PreparedModel
@@ -45,6 +46,7 @@ __all__ = [
     "correct_bias",
     "equalize",
     "export_onnx",
+    "export_tflite",
     "gptq",
     "load_target",
     "nuq",

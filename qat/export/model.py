@@ -76,7 +76,7 @@ def export_onnx(
             raise StateError("there are no samples to verify the export on", "give samples, or calibrate first")
         batches = [tuple(x.cpu() for x in model_inputs(qmodel, batch)) for batch in given]
         if not dynamic_batch:
-            batches = [part for batch in batches for part in _split(qmodel, batch, batch_size)]
+            batches = [part for batch in batches for part in split(qmodel, batch, batch_size)]
     return export_program(
         replace(imodel.program, constants=constants),
         path,
@@ -93,7 +93,7 @@ def export_onnx(
     )
 
 
-def _split(qmodel: PreparedModel, batch: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
+def split(qmodel: PreparedModel, batch: tuple[Tensor, ...], size: int) -> list[tuple[Tensor, ...]]:
     """Cut a batch into batches of a fixed size, the last one filled up with samples from the beginning."""
     rows = [qmodel.opgraph.shapes[name][:1] for name in qmodel.opgraph.inputs]
     # rows that one sample takes of each input; 0 for an input that has no batch

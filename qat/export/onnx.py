@@ -124,9 +124,9 @@ def _model(
         opset_imports=opsets,
         ir_version=helper.find_min_ir_version_for(opsets, ignore_unknown=True),
         producer_name="qat",
-        producer_version=_version(),
+        producer_version=qat_version(),
     )
-    helper.set_model_props(model, dict(sorted({"qat.version": _version(), **properties}.items())))
+    helper.set_model_props(model, dict(sorted({"qat.version": qat_version(), **properties}.items())))
     try:
         onnx.checker.check_model(model, full_check=True)
     except ValueError as error:  # protobuf cannot serialise more than 2 GiB
@@ -139,7 +139,8 @@ def _model(
     return model
 
 
-def _version() -> str:
+def qat_version() -> str:
+    """Version of this package, `unknown` where it is not installed."""
     try:
         return package_metadata.version("qat")
     except package_metadata.PackageNotFoundError:

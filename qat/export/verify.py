@@ -97,7 +97,7 @@ def verify_onnx(
     if level not in ("outputs", "layers"):
         raise ExportError(f"unknown verification level {level!r}", "use outputs or layers")
     proto = model if isinstance(model, onnx.ModelProto) else _load(Path(model))
-    batches = [_as_inputs(program, sample) for sample in samples]
+    batches = [as_inputs(program, sample) for sample in samples]
     if not batches:
         raise DataError("no samples to verify with", "give at least one batch")
     output_names = [value.name for value in proto.graph.output]
@@ -132,7 +132,12 @@ def _load(path: Path) -> onnx.ModelProto:
         raise ExportError(f"cannot read {path} as an ONNX model ({error})", "give a file that export wrote") from error
 
 
-def _as_inputs(program: Program, sample: Any) -> tuple[Tensor, ...]:
+def as_inputs(program: Program, sample: Any) -> tuple[Tensor, ...]:
+    """Return a sample as the tensors of `program.inputs`, on the CPU.
+
+    Raises:
+        DataError: It does not fit them; the input is named.
+    """
     inputs = (sample,) if isinstance(sample, Tensor) else tuple(sample)
     if len(inputs) != len(program.inputs):
         raise DataError(

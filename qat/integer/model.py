@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from qat.errors import DataError, ExportError, StateError
 from qat.graph.prepared import PreparedModel
 from qat.integer import floats
-from qat.integer.kernels.requantize import dequantize, quantize
+from qat.integer.kernels.requantize import dequantize
 from qat.integer.lower import lower
 from qat.integer.native.execution import NativeProgram
 from qat.integer.native.profiling import Placement, Profile
-from qat.integer.operators import CODE_OPERATORS, Operand, qparams
+from qat.integer.operators import Operand, qparams
+from qat.integer.profiles import Profile, profile
 from qat.integer.program import Op, Program
 from qat.native import runner
 
@@ -73,6 +74,10 @@ class IntegerModel(nn.Module):
         self._operands.clear()
         self._native = None
 
+    @property
+    def _profile(self) -> Profile:
+        return profile(self.program.numerics)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_operands": {}, "_native": None}
 
@@ -89,8 +94,9 @@ class IntegerModel(nn.Module):
             known = runner.status()
             values = {name: self.constants.get_buffer(key) for name, key in self._keys.items()}
             elsewhere = next((str(v.device) for v in values.values() if v.device.type != "cpu"), "")
-            reason = f"the model is on {elsewhere}" if elsewhere else known.reason
-            self._native = NativeProgram(self.program, values, active=known.active and not elsewhere, reason=reason)
+            reason = self._profile.native or (f"the model is on {elsewhere}" if elsewhere else known.reason)
+            active = known.active and not elsewhere and not self._profile.native
+            self._native = NativeProgram(self.program, values, active=active, reason=reason)
         return self._native
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> Any:
@@ -236,7 +242,7 @@ class IntegerModel(nn.Module):
             return tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if op.kind == "quantize":
             assert inputs[0] is not None
-            return (quantize(inputs[0].value, qparams(encoding)),)
+            return (self._profile.quantize(inputs[0].value, qparams(encoding)),)
         if op.kind == "dequantize":
             assert inputs[0] is not None
             return (dequantize(inputs[0].value, inputs[0].params),)
@@ -244,7 +250,7 @@ class IntegerModel(nn.Module):
             return (floats.expand(op.attrs, [inputs[0].value if inputs[0] else None], batch),)
         if encoding is None:
             return (self._run_float(op, inputs),)
-        run = CODE_OPERATORS.get(op.kind)
+        run = self._profile.operators.get(op.kind)
         if run is None:
             raise ExportError(f"{op.name}: no integer operator {op.kind!r}", "leave the layer float")
         return (run(op.attrs, inputs, encoding),)
@@ -262,14 +268,19 @@ def _on_cpu(inputs: Mapping[str, Tensor]) -> bool:
     return not torch.compiler.is_compiling() and all(value.device.type == "cpu" for value in inputs.values())
 
 
-def convert(qmodel: PreparedModel) -> IntegerModel:
+def convert(qmodel: PreparedModel, numerics: str | None = None) -> IntegerModel:
     """Return the integer model of a calibrated or trained `PreparedModel`.
 
-    Every operator that the plan calls integer reads and writes codes and accumulates in integers, in the numerics
-    profile of the plan's target.
+    Every operator that the plan calls integer reads and writes codes and accumulates in integers.
+
+    Args:
+        qmodel: The model.
+        numerics: The numerics profile, `onnx` or `tflite`; None for that of the plan's target.
 
     Raises:
         StateError: A tensor was not calibrated; it is named.
-        ExportError: A weight or bias cannot be expressed in integers; the operator is named.
+        ExportError: A weight or bias cannot be expressed in integers, or an operator has none in the profile; the
+            operator is named.
     """
-    return IntegerModel(lower(qmodel))
+    chosen = profile(numerics or qmodel.plan.numerics)
+    return IntegerModel(chosen.prepare(lower(qmodel)))

@@ -49,12 +49,12 @@ def qparams(encoding: Encoding | None) -> QParams:
 CodeOperator = Callable[[Mapping[str, Any], list[Operand | None], Encoding], Tensor]
 
 
-def _sides(padding: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """ONNX order: all begins, then all ends."""
+def sides(padding: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """Return ((begin, end), ...) in ONNX order: all begins, then all ends."""
     return tuple(begin for begin, _ in padding) + tuple(end for _, end in padding)
 
 
-def _planned(weight: Operand, x: QParams, kind: str, groups: int = 1) -> tuple[Plan, Tensor]:
+def planned(weight: Operand, x: QParams, kind: str, groups: int = 1) -> tuple[Plan, Tensor]:
     """Return the weight prepared for an input, made once, and its scale: () or (channels,)."""
     encoding, largest = weight.encoding, linear.largest(x)
     assert encoding is not None
@@ -78,10 +78,10 @@ def _conv(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -
     x, weight, bias = inputs
     assert x is not None
     assert weight is not None
-    plan, scale = _planned(weight, x.params, "conv", attrs["groups"])
+    plan, scale = planned(weight, x.params, "conv", attrs["groups"])
     return linear.conv(
         x.value, x.params, weight.value, scale, None if bias is None else bias.value, qparams(y),
-        attrs["stride"], _sides(attrs["padding"]), attrs["dilation"], attrs["groups"], plan=plan,
+        attrs["stride"], sides(attrs["padding"]), attrs["dilation"], attrs["groups"], plan=plan,
     )  # fmt: skip
 
 
@@ -89,10 +89,10 @@ def _conv_transpose(attrs: Mapping[str, Any], inputs: list[Operand | None], y: E
     x, weight, bias = inputs
     assert x is not None
     assert weight is not None
-    plan, scale = _planned(weight, x.params, "conv_transpose", attrs["groups"])
+    plan, scale = planned(weight, x.params, "conv_transpose", attrs["groups"])
     return linear.conv_transpose(
         x.value, x.params, weight.value, scale, None if bias is None else bias.value, qparams(y),
-        attrs["stride"], _sides(attrs["padding"]), attrs["output_padding"], attrs["dilation"], attrs["groups"],
+        attrs["stride"], sides(attrs["padding"]), attrs["output_padding"], attrs["dilation"], attrs["groups"],
         plan=plan,
     )  # fmt: skip
 
@@ -108,7 +108,7 @@ def _linear(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding)
         if bias is not None and bias.encoding is not None:
             real = real + bias.encoding.dequantize(bias.value)
         return quantize(real, qparams(y))
-    plan, scale = _planned(weight, x.params, "linear")
+    plan, scale = planned(weight, x.params, "linear")
     return linear.linear(x.value, x.params, weight.value, scale, bias_codes, qparams(y), plan)
 
 
@@ -163,7 +163,7 @@ def _max_pool(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encodin
     (x,) = inputs
     assert x is not None
     return pool.max_pool(
-        x.value, attrs["kernel"], attrs["stride"], _sides(attrs["padding"]), attrs["dilation"], attrs["ceil_mode"]
+        x.value, attrs["kernel"], attrs["stride"], sides(attrs["padding"]), attrs["dilation"], attrs["ceil_mode"]
     )
 
 
@@ -171,7 +171,7 @@ def _avg_pool(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encodin
     (x,) = inputs
     assert x is not None
     return pool.avg_pool(
-        x.value, x.params, qparams(y), attrs["kernel"], attrs["stride"], _sides(attrs["padding"]), attrs["ceil_mode"],
+        x.value, x.params, qparams(y), attrs["kernel"], attrs["stride"], sides(attrs["padding"]), attrs["ceil_mode"],
         attrs["count_include_pad"],
     )  # fmt: skip
 

@@ -1,0 +1,62 @@
+"""What a numerics profile computes with: its quantization at the borders and its integer operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from torch import Tensor
+
+from qat.errors import ExportError
+from qat.integer.kernels import requantize
+from qat.integer.kernels.qparams import QParams
+from qat.integer.operators import CODE_OPERATORS, CodeOperator
+from qat.integer.program import Program
+from qat.integer.tflite import arithmetic
+from qat.integer.tflite import operators as tflite
+from qat.integer.tflite.legalize import legalize
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How an integer model executes a program.
+
+    Attributes:
+        name: As in `numerics.NumericsProfile`.
+        quantize: Floats to codes.
+        operators: Integer operators by canonical kind.
+        prepare: What makes a program of this profile of what lowering gives.
+        native: Why the native runner does not have the profile; empty if it has.
+    """
+
+    name: str
+    quantize: Callable[[Tensor, QParams], Tensor]
+    operators: Mapping[str, CodeOperator]
+    prepare: Callable[[Program], Program]
+    native: str = ""
+
+
+def _as_it_is(program: Program) -> Program:
+    return replace(program, numerics="onnx")
+
+
+_PROFILES: Mapping[str, Profile] = MappingProxyType(
+    {
+        "onnx": Profile("onnx", requantize.quantize, CODE_OPERATORS, _as_it_is),
+        "tflite": Profile(
+            "tflite", arithmetic.quantize, tflite.OPERATORS, legalize, "the runner has no kernels of the tflite profile"
+        ),
+    }
+)
+
+
+def profile(name: str) -> Profile:
+    """Return the profile of a name.
+
+    Raises:
+        ExportError: There is none.
+    """
+    if name not in _PROFILES:
+        raise ExportError(f"unknown numerics profile {name!r}", f"use one of {', '.join(_PROFILES)}")
+    return _PROFILES[name]

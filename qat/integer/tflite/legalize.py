@@ -1,0 +1,425 @@
+"""A program of any 8-bit types becomes one of TFLite's int8 operators, or an error says which operator cannot.
+
+What TFLite has under narrower conditions is taken apart: an operator whose result must keep the encoding of its input,
+or must have a prescribed one, computes to that and a requantization follows; functions without an operator become two
+or three that exist. So the integer model and the exported file do the same steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from qat.encoding import Encoding
+from qat.errors import ExportError
+from qat.integer.kernels.qparams import QParams, round_to_float32
+from qat.integer.kernels.resize import nearest_source
+from qat.integer.operators import qparams
+from qat.integer.program import Constant, Op, Program, TensorInfo
+from qat.integer.tflite import elementwise, functions, products, resize, softmax
+from qat.integer.tflite.signed import signed, signed_constant, signed_weight
+
+_WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
+_FLOAT = "give the operators around it schemes that make it integer, or leave it out of the exported model"
+
+
+def legalize(program: Program) -> Program:
+    """Rewrite a program for the `tflite` profile.
+
+    Args:
+        program: As lowering gives it, with int8 or uint8 activations.
+
+    Raises:
+        ExportError: A tensor or an operator has no int8 form in TFLite; it is named, with the reason.
+    """
+    work = _Legalizing(program)
+    for op in program.ops:
+        work.operator(op)
+    for name in program.outputs:
+        if name in program.constants or program.tensors[name].dtype != torch.float32:
+            raise ExportError(f"output {name!r} is not computed from the inputs in 8 bits", "leave it out")
+    read = {name for op in work.ops for name in op.inputs}
+    return replace(
+        program,
+        ops=tuple(work.ops),
+        tensors=work.tensors,
+        constants={name: c for name, c in work.constants.items() if name in read},
+        numerics="tflite",
+    )
+
+
+@dataclass
+class _Legalizing:
+    """The program under construction."""
+
+    program: Program
+    ops: list[Op] = field(default_factory=list)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    constants: dict[str, Constant] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.program.inputs:
+            self.tensors[name] = self.program.tensors[name]
+
+    # -- reading and writing
+
+    def grid(self, name: str) -> QParams:
+        """Parameters of a tensor or constant that is int8 already."""
+        held = self.constants[name].encoding if name in self.constants else self.tensors[name].encoding
+        return qparams(held)
+
+    def encoding(self, name: str) -> Encoding:
+        held = self.tensors[name].encoding
+        assert held is not None
+        return held
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.constants[name].value.shape) if name in self.constants else self.tensors[name].shape
+
+    def emit(self, op: Op, **changes: Any) -> None:
+        self.ops.append(replace(op, **changes) if changes else op)
+
+    def between(self, name: str, like: str, encoding: Encoding, shape: tuple[int, ...] | None = None) -> str:
+        """Add a tensor between two steps of what was one operator."""
+        self.tensors[name] = TensorInfo(name, shape or self.shape(like), encoding)
+        return name
+
+    def constant(self, name: str, value: float) -> str:
+        """Add a scalar of int8 codes; its scale makes it exact to float32 rounding."""
+        scale = abs(value) / 127.0 if value else 1.0
+        encoding = Encoding("int8", (scale,), (0,), -128, 127, True, provenance="fixed", method="scalar")
+        codes = torch.tensor(0 if not value else 127 if value > 0 else -127, dtype=torch.int8)
+        self.constants[name] = Constant(name, codes, encoding)
+        return name
+
+    # -- operators
+
+    def operator(self, op: Op) -> None:
+        if op.kind == "island":
+            cause = str(op.attrs.get("cause", "")) or "it cannot be traced"
+            raise ExportError(f"operator {op.name!r} is a float island ({cause})", _FLOAT)
+        self._read(op)
+        for name in op.outputs:
+            info = self.program.tensors[name]
+            self.tensors[name] = info if info.encoding is None else replace(info, encoding=signed(name, info.encoding))
+        if op.kind != "dequantize" and self.tensors[op.outputs[0]].encoding is None:
+            raise ExportError(f"operator {op.name!r} ({op.kind}) is computed in float", _FLOAT)
+        rule = _RULES.get(op.kind)
+        if rule is None:
+            raise ExportError(f"operator {op.name!r}: TFLite has no int8 {op.kind}", "keep it out of the exported model")
+        rule(self, op)
+
+    def _read(self, op: Op) -> None:
+        """Turn the constants that an operator reads to int8."""
+        for number, name in enumerate(op.inputs):
+            constant = self.program.constants.get(name)
+            if constant is None or name in self.constants:
+                continue
+            if op.kind in _WEIGHTED and number == 1:
+                self.constants[name] = signed_weight(constant, op.name)
+            elif op.kind in _WEIGHTED and number == 2:
+                self.constants[name] = constant
+            elif constant.encoding is None:
+                raise ExportError(f"operator {op.name!r} ({op.kind}) reads the float constant {name!r}", _FLOAT)
+            else:
+                self.constants[name] = signed_constant(constant)
+
+    def keeps_encoding(self, op: Op, **changes: Any) -> None:
+        """Emit an operator whose result has the encoding of its input, and a requantization where it has another."""
+        x, y = op.inputs[0], op.outputs[0]
+        if self.grid(x) == self.grid(y):
+            self.emit(op, **changes)
+            return
+        held = self.constants[x].encoding if x in self.constants else self.encoding(x)
+        assert held is not None
+        kept = self.between(f"{y}:kept", y, held.derived(f"{op.kind} of {x}"))
+        self.emit(op, outputs=(kept,), **changes)
+        self.requantize(op, kept)
+
+    def requantize(self, op: Op, source: str) -> None:
+        """Emit the requantization of `source` to the result of `op`."""
+        self.emit(Op("requantize", op.name, (source,), op.outputs))
+
+    def fixed(self, op: Op, prescribed: QParams) -> None:
+        """Emit an operator whose result has a prescribed encoding."""
+        y = op.outputs[0]
+        if self.grid(y) == prescribed:
+            self.emit(op)
+            return
+        self.emit(op, outputs=(self.between(f"{y}:fixed", y, _encoding(prescribed, op.kind)),))
+        self.requantize(op, f"{y}:fixed")
+
+
+def _encoding(q: QParams, method: str) -> Encoding:
+    return Encoding("int8", (q.scale,), (q.zero_point,), q.qmin, q.qmax, provenance="fixed", method=method)
+
+
+def _same(work: _Legalizing, op: Op) -> None:
+    """An operator that TFLite has as it is."""
+    work.emit(op)
+
+
+def _moves(work: _Legalizing, op: Op) -> None:
+    for name in op.inputs:
+        if work.grid(name) != work.grid(op.outputs[0]):
+            raise ExportError(
+                f"operator {op.name!r} ({op.kind}) has another encoding for its result than for {name!r}",
+                "let them share one: do not give the result a scheme of its own",
+            )
+    work.emit(op)
+
+
+def _dims(work: _Legalizing, op: Op, legal: tuple[int, ...]) -> int:
+    dims = len(work.shape(op.inputs[0])) - 2
+    if dims not in legal:
+        raise ExportError(f"operator {op.name!r}: TFLite has no int8 {op.kind} of {dims} spatial dimensions", _FLOAT)
+    return dims
+
+
+def _weighted(work: _Legalizing, op: Op) -> None:
+    weight = work.constants.get(op.inputs[1])
+    if weight is None or weight.encoding is None:
+        raise ExportError(f"operator {op.name!r}: its weight {op.inputs[1]!r} is no constant", _FLOAT)
+    if op.kind != "linear":
+        _dims(work, op, (1, 2))
+    if op.kind == "conv_transpose" and (op.attrs["groups"] != 1 or any(d != 1 for d in op.attrs["dilation"])):
+        raise ExportError(f"operator {op.name!r}: TFLite's TransposeConv has neither groups nor dilation", _FLOAT)
+    x, y = work.grid(op.inputs[0]), work.grid(op.outputs[0])
+    for channel, value in enumerate(products.real_multipliers(x, weight.encoding.scale_tensor, y)):
+        _multiplier(op, value, f", channel {channel},")
+    work.emit(op)
+
+
+def _multiplier(op: Op, value: float, where: str = "") -> None:
+    if not value < 1 << 30:
+        raise ExportError(
+            f"operator {op.name!r}{where} needs the multiplier {value:g}, and TFLite's end at 2**30",
+            "its result has a scale far too small: check its range",
+        )
+
+
+def _sum(work: _Legalizing, op: Op) -> None:
+    a, b, y = (work.grid(name) for name in (*op.inputs, op.outputs[0]))
+    # the kernel aborts the process where the multiplier of the result is not below 1
+    if not elementwise.sum_multipliers(a, b, y)[2] < 1.0:
+        raise ExportError(
+            f"operator {op.name!r}: its operands have 2**19 times the scale of its result",
+            "check the range of the result",
+        )
+    work.emit(op)
+
+
+def _mul(work: _Legalizing, op: Op) -> None:
+    a, b, y = (work.grid(name) for name in (*op.inputs, op.outputs[0]))
+    _multiplier(op, a.scale * b.scale / y.scale)
+    work.emit(op)
+
+
+def _matmul(work: _Legalizing, op: Op) -> None:
+    a, b, y = (work.grid(name) for name in (*op.inputs, op.outputs[0]))
+    ranks = [len(work.shape(name)) for name in op.inputs]
+    if min(ranks) < 2 or max(ranks) > 5:
+        raise ExportError(f"operator {op.name!r} multiplies tensors of {ranks} dimensions; TFLite takes 2 to 5", _FLOAT)
+    _multiplier(op, products.product_multiplier(a, b, y))
+    work.emit(op)
+
+
+def _requantize(work: _Legalizing, op: Op) -> None:
+    _multiplier(op, work.grid(op.inputs[0]).scale / work.grid(op.outputs[0]).scale)
+    work.emit(op)
+
+
+def _clamp(work: _Legalizing, op: Op) -> None:
+    x, y = op.inputs[0], op.outputs[0]
+    if work.grid(x) == work.grid(y):
+        work.emit(op)
+        return
+    wide = work.between(f"{y}:unclamped", y, work.encoding(y).derived(f"clamped into {y}"))
+    work.emit(Op("requantize", op.name, (x,), (wide,)))
+    work.emit(op, inputs=(wide,))
+
+
+def _rescale(work: _Legalizing, op: Op) -> None:
+    """Multiply by a constant whose code is 127: the result has the same codes, and its own scale."""
+    factor = work.constant(f"{op.name}.factor", float(op.attrs["factor"]))
+    x, y = work.grid(op.inputs[0]), work.grid(op.outputs[0])
+    if x.zero_point != y.zero_point or abs(y.scale / (x.scale * float(op.attrs["factor"])) - 1.0) > 1e-5:
+        raise ExportError(f"operator {op.name!r} rescales to another zero point or scale", "report this model")
+    work.emit(Op("mul", op.name, (op.inputs[0], factor), op.outputs))
+
+
+def _softmax(work: _Legalizing, op: Op) -> None:
+    if not work.grid(op.inputs[0]).scale > softmax.SMALLEST_SCALE:
+        raise ExportError(f"operator {op.name!r}: the scale of its input is below 2**-26", "calibrate it again")
+    work.fixed(op, softmax.PROBABILITY)
+
+
+def _max_pool(work: _Legalizing, op: Op) -> None:
+    _dims(work, op, (1, 2))
+    if any(d != 1 for d in op.attrs["dilation"]):
+        raise ExportError(f"operator {op.name!r}: TFLite's MaxPool has no dilation", _FLOAT)
+    full, _ = _windows(work, op)
+    work.keeps_encoding(op, attrs={**op.attrs, "padding": full, "ceil_mode": False})
+
+
+def _avg_pool(work: _Legalizing, op: Op) -> None:
+    _dims(work, op, (1, 2))
+    given = tuple(tuple(pair) for pair in op.attrs["padding"])
+    full, sizes = _windows(work, op)
+    padded = any(any(pair) for pair in given)
+    counted = bool(op.attrs["count_include_pad"]) and padded
+    if counted and full != given:
+        raise ExportError(
+            f"operator {op.name!r} counts its padding, but not what ceil_mode adds", "use count_include_pad=False"
+        )
+    attrs = {**op.attrs, "padding": full, "ceil_mode": False, "count_include_pad": counted}
+    if not counted and any(any(pair) for pair in full) and not same_padding(sizes, attrs):
+        raise ExportError(
+            f"operator {op.name!r} does not count its padding, which TFLite can only where it is its own SAME padding",
+            "use count_include_pad=True, or another padding",
+        )
+    work.keeps_encoding(op, attrs=attrs)
+
+
+def _windows(work: _Legalizing, op: Op) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """Padding with which every window is whole (`ceil_mode` adds to the end), and the input sizes."""
+    sizes_in, sizes_out = work.shape(op.inputs[0])[2:], work.shape(op.outputs[0])[2:]
+    full = []
+    for d, (low, high) in enumerate(op.attrs["padding"]):
+        reach = (sizes_out[d] - 1) * op.attrs["stride"][d] + op.attrs["kernel"][d]
+        full.append((low, max(high, reach - sizes_in[d] - low)))
+    return tuple(full), sizes_in
+
+
+def same_padding(sizes: tuple[int, ...], attrs: Mapping[str, Any]) -> bool:
+    """Whether a padding is what TFLite's SAME gives for these input sizes."""
+    for size, kernel, stride, pair in zip(sizes, attrs["kernel"], attrs["stride"], attrs["padding"], strict=True):
+        total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+        if tuple(pair) != (total // 2, total - total // 2):
+            return False
+    return True
+
+
+def _mean(work: _Legalizing, op: Op) -> None:
+    shape = work.shape(op.inputs[0])
+    if not op.attrs["axes"] or any(shape[a] < 0 for a in op.attrs["axes"]):
+        raise ExportError(f"operator {op.name!r} takes a mean over the batch or over nothing", _FLOAT)
+    _multiplier(op, work.grid(op.inputs[0]).scale / work.grid(op.outputs[0]).scale)
+    work.emit(op)
+
+
+def _resize(work: _Legalizing, op: Op) -> None:
+    _dims(work, op, (1, 2) if op.attrs["mode"] == "nearest" else (2,))
+    sizes_in, sizes_out = work.shape(op.inputs[0])[2:], op.attrs["size"]
+    scales = op.attrs.get("scales") or (None,) * len(sizes_in)
+    if op.attrs["mode"] == "nearest":
+        for size, length, scale in zip(sizes_out, sizes_in, scales, strict=True):
+            ours = nearest_source(size, length, scale, single=len(sizes_in) == 1)
+            if not bool((ours == resize.nearest_source(size, length)).all()):
+                raise ExportError(
+                    f"operator {op.name!r} picks other neighbours from {length} to {size} than TFLite does",
+                    "resize to a size instead of by a scale, or by a whole factor",
+                )
+    else:
+        for size, length, scale in zip(sizes_out, sizes_in, scales, strict=True):
+            if scale is not None and abs(scale * length - size) > 1e-6 * size and not op.attrs["align_corners"]:
+                raise ExportError(
+                    f"operator {op.name!r} interpolates by the scale {scale} from {length} to {size}, and TFLite by "
+                    "the sizes alone",
+                    "resize to a size instead of by a scale",
+                )
+        for index, size in enumerate(sizes_out):
+            if op.attrs["align_corners"] and size == 1 and sizes_in[index] > 1:
+                raise ExportError(f"operator {op.name!r} aligns the corners of a single row", "use align_corners=False")
+    work.keeps_encoding(op)
+
+
+def _pad(work: _Legalizing, op: Op) -> None:
+    pads = [tuple(pair) for pair in op.attrs["pads"]]
+    if any(side < 0 for pair in pads for side in pair):
+        raise ExportError(f"operator {op.name!r} crops by a negative padding", "slice instead")
+    if op.attrs["mode"] not in ("constant", "reflect"):
+        raise ExportError(f"operator {op.name!r}: TFLite has no padding of mode {op.attrs['mode']!r}", _FLOAT)
+    _moves(work, op)
+
+
+def _table(work: _Legalizing, op: Op) -> None:
+    name, params = op.attrs["function"], dict(op.attrs.get("params") or {})
+    if name in ("relu", "relu6", "clamp"):
+        low, high = {"relu": (0.0, None), "relu6": (0.0, 6.0)}.get(name, (params.get("low"), params.get("high")))
+        _clamp(work, replace(op, kind="clamp", attrs={"low": low, "high": high}))
+    elif name == "sigmoid":
+        work.fixed(op, functions.LOGISTIC)
+    elif name == "tanh":
+        work.fixed(op, functions.TANH)
+    elif name == "silu":
+        _silu(work, op)
+    elif name == "hardsigmoid":
+        _hard_sigmoid(work, op)
+    else:
+        functions.codes_of(name, params, work.grid(op.inputs[0]), work.grid(op.outputs[0]))
+        work.emit(op)
+
+
+def _silu(work: _Legalizing, op: Op) -> None:
+    """Logistic and Mul."""
+    y = op.outputs[0]
+    gate = work.between(f"{y}:sigmoid", y, _encoding(functions.LOGISTIC, "sigmoid"))
+    work.emit(Op("table", f"{op.name}:sigmoid", op.inputs, (gate,), {"function": "sigmoid"}))
+    _mul(work, Op("mul", op.name, (op.inputs[0], gate), op.outputs))
+
+
+def _hard_sigmoid(work: _Legalizing, op: Op) -> None:
+    """`relu6(x + 3) / 6` as Add, clamped, and Mul."""
+    y = op.outputs[0]
+    six = QParams(round_to_float32(6.0 / 255.0), -128, -128, 127)
+    shifted = work.between(f"{y}:plus3", y, _encoding(six, "[0, 6]"))
+    _sum(work, Op("add", shifted, (op.inputs[0], work.constant(f"{op.name}.three", 3.0)), (shifted,)))
+    _mul(work, Op("mul", op.name, (shifted, work.constant(f"{op.name}.sixth", 1.0 / 6.0)), op.outputs))
+
+
+def _quantize(work: _Legalizing, op: Op) -> None:
+    if op.inputs[0] not in work.program.inputs:
+        raise ExportError(f"tensor {op.inputs[0]!r} is computed in float", _FLOAT)
+    if work.tensors[op.inputs[0]].dtype != torch.float32:
+        raise ExportError(f"input {op.inputs[0]!r} has dtype {work.tensors[op.inputs[0]].dtype}", "use float32 inputs")
+    work.emit(op)
+
+
+def _dequantize(work: _Legalizing, op: Op) -> None:
+    if op.outputs[0] not in work.program.outputs:
+        raise ExportError(f"tensor {op.inputs[0]!r} is read by an operator that is computed in float", _FLOAT)
+    if op.inputs[0] in work.constants:
+        raise ExportError(f"output {op.outputs[0]!r} is a constant", "leave it out")
+    work.emit(op)
+
+
+#: what is done with each kind; others are refused
+_RULES: Mapping[str, Callable[[_Legalizing, Op], None]] = MappingProxyType(
+    {
+        "quantize": _quantize,
+        "dequantize": _dequantize,
+        "requantize": _requantize,
+        "conv": _weighted,
+        "conv_transpose": _weighted,
+        "linear": _weighted,
+        "matmul": _matmul,
+        "add": _sum,
+        "sub": _sum,
+        "mul": _mul,
+        "clamp": _clamp,
+        "rescale": _rescale,
+        "table": _table,
+        "softmax": _softmax,
+        "max_pool": _max_pool,
+        "avg_pool": _avg_pool,
+        "mean": _mean,
+        "resize": _resize,
+        "pad": _pad,
+        **dict.fromkeys(("concat", "reshape", "transpose", "slice", "expand", "identity"), _moves),
+    }
+)
