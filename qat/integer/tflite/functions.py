@@ -54,11 +54,6 @@ def _tanh(x: QParams, y: QParams, params: Mapping[str, Any]) -> Tensor:
     return _lookup(table.tanh(_real(x)), y)
 
 
-def _elu(x: QParams, y: QParams, params: Mapping[str, Any]) -> Tensor:
-    real = _real(x)
-    return _lookup(torch.where(real < 0, torch.expm1(real.double()).to(torch.float32), real), y)
-
-
 def _gelu(x: QParams, y: QParams, params: Mapping[str, Any]) -> Tensor:
     real = _real(x)
     if params.get("approximate", "none") == "tanh":
@@ -120,12 +115,11 @@ def _plain(name: str) -> Table:
     return compute
 
 
-#: functions that TFLite has an int8 operator for
+#: functions that TFLite has an int8 operator for; Elu is one too, but the reference kernels lack it
 OPERATORS: Mapping[str, Table] = MappingProxyType(
     {
         "sigmoid": _sigmoid,
         "tanh": _tanh,
-        "elu": _elu,
         "gelu": _gelu,
         "leaky_relu": _leaky_relu,
         "hardswish": _hard_swish,
@@ -135,8 +129,6 @@ OPERATORS: Mapping[str, Table] = MappingProxyType(
 
 def has_operator(name: str, params: Mapping[str, Any], x: QParams, y: QParams) -> bool:
     """Whether TFLite has an int8 operator for a function with these parameters and encodings."""
-    if name == "elu":
-        return float(params.get("alpha", 1.0)) == 1.0
     if name == "leaky_relu":
         return float(params.get("negative_slope", 0.01)) >= 0.0
     if name == "hardswish":

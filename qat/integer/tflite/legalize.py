@@ -102,15 +102,15 @@ class _Legalizing:
         if op.kind == "island":
             cause = str(op.attrs.get("cause", "")) or "it cannot be traced"
             raise ExportError(f"operator {op.name!r} is a float island ({cause})", _FLOAT)
+        rule = _RULES.get(op.kind)
+        if rule is None:
+            raise ExportError(f"operator {op.name!r}: TFLite has no int8 {op.kind}", "keep it out of the exported model")
         self._read(op)
         for name in op.outputs:
             info = self.program.tensors[name]
             self.tensors[name] = info if info.encoding is None else replace(info, encoding=signed(name, info.encoding))
         if op.kind != "dequantize" and self.tensors[op.outputs[0]].encoding is None:
             raise ExportError(f"operator {op.name!r} ({op.kind}) is computed in float", _FLOAT)
-        rule = _RULES.get(op.kind)
-        if rule is None:
-            raise ExportError(f"operator {op.name!r}: TFLite has no int8 {op.kind}", "keep it out of the exported model")
         rule(self, op)
 
     def _read(self, op: Op) -> None:

@@ -43,7 +43,7 @@ def signed(name: str, encoding: Encoding) -> Encoding:
 
 
 def _shifted(encoding: Encoding) -> Encoding:
-    if encoding.dtype == "int8":
+    if encoding.dtype != "uint8":
         return encoding
     return replace(
         encoding,

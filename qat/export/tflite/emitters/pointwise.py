@@ -95,7 +95,6 @@ def requantize(ctx: Context, op: Op) -> None:
 _OPERATORS = {
     "sigmoid": ("LOGISTIC", ""),
     "tanh": ("TANH", ""),
-    "elu": ("ELU", ""),
     "hardswish": ("HARD_SWISH", "HardSwish"),
 }
 
