@@ -16,7 +16,7 @@ from qat.integer.lower import lower
 from qat.integer.native.execution import NativeProgram
 from qat.integer.native.profiling import Placement, Profile
 from qat.integer.operators import Operand, qparams
-from qat.integer.profiles import Profile, profile
+from qat.integer.profiles import Arithmetic, arithmetic_of
 from qat.integer.program import Op, Program
 from qat.native import runner
 
@@ -75,8 +75,8 @@ class IntegerModel(nn.Module):
         self._native = None
 
     @property
-    def _profile(self) -> Profile:
-        return profile(self.program.numerics)
+    def _arithmetic(self) -> Arithmetic:
+        return arithmetic_of(self.program.numerics)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_operands": {}, "_native": None}
@@ -94,8 +94,8 @@ class IntegerModel(nn.Module):
             known = runner.status()
             values = {name: self.constants.get_buffer(key) for name, key in self._keys.items()}
             elsewhere = next((str(v.device) for v in values.values() if v.device.type != "cpu"), "")
-            reason = self._profile.native or (f"the model is on {elsewhere}" if elsewhere else known.reason)
-            active = known.active and not elsewhere and not self._profile.native
+            reason = self._arithmetic.native or (f"the model is on {elsewhere}" if elsewhere else known.reason)
+            active = known.active and not elsewhere and not self._arithmetic.native
             self._native = NativeProgram(self.program, values, active=active, reason=reason)
         return self._native
 
@@ -242,7 +242,7 @@ class IntegerModel(nn.Module):
             return tuple(result) if isinstance(result, (tuple, list)) else (result,)
         if op.kind == "quantize":
             assert inputs[0] is not None
-            return (self._profile.quantize(inputs[0].value, qparams(encoding)),)
+            return (self._arithmetic.quantize(inputs[0].value, qparams(encoding)),)
         if op.kind == "dequantize":
             assert inputs[0] is not None
             return (dequantize(inputs[0].value, inputs[0].params),)
@@ -250,7 +250,7 @@ class IntegerModel(nn.Module):
             return (floats.expand(op.attrs, [inputs[0].value if inputs[0] else None], batch),)
         if encoding is None:
             return (self._run_float(op, inputs),)
-        run = self._profile.operators.get(op.kind)
+        run = self._arithmetic.operators.get(op.kind)
         if run is None:
             raise ExportError(f"{op.name}: no integer operator {op.kind!r}", "leave the layer float")
         return (run(op.attrs, inputs, encoding),)
@@ -282,5 +282,5 @@ def convert(qmodel: PreparedModel, numerics: str | None = None) -> IntegerModel:
         ExportError: A weight or bias cannot be expressed in integers, or an operator has none in the profile; the
             operator is named.
     """
-    chosen = profile(numerics or qmodel.plan.numerics)
+    chosen = arithmetic_of(numerics or qmodel.plan.numerics)
     return IntegerModel(chosen.prepare(lower(qmodel)))

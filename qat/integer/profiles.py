@@ -19,7 +19,7 @@ from qat.integer.tflite.legalize import legalize
 
 
 @dataclass(frozen=True)
-class Profile:
+class Arithmetic:
     """How an integer model executes a program.
 
     Attributes:
@@ -41,18 +41,18 @@ def _as_it_is(program: Program) -> Program:
     return replace(program, numerics="onnx")
 
 
-_PROFILES: Mapping[str, Profile] = MappingProxyType(
+_PROFILES: Mapping[str, Arithmetic] = MappingProxyType(
     {
-        "onnx": Profile("onnx", requantize.quantize, CODE_OPERATORS, _as_it_is),
-        "tflite": Profile(
+        "onnx": Arithmetic("onnx", requantize.quantize, CODE_OPERATORS, _as_it_is),
+        "tflite": Arithmetic(
             "tflite", arithmetic.quantize, tflite.OPERATORS, legalize, "the runner has no kernels of the tflite profile"
         ),
     }
 )
 
 
-def profile(name: str) -> Profile:
-    """Return the profile of a name.
+def arithmetic_of(name: str) -> Arithmetic:
+    """Return what the numerics profile of a name computes with.
 
     Raises:
         ExportError: There is none.

@@ -22,6 +22,7 @@ METRICS = "metrics.json"
 ENCODINGS = "encodings.json"
 PLAN = "plan.json"
 ONNX = "model.onnx"
+TFLITE = "model.tflite"
 LOG = "log.txt"
 TRAINING_LOG = "metrics.jsonl"
 CURVES = "train.png"
@@ -256,7 +257,7 @@ class RunFolder:
 
     def _clear(self) -> None:
         try:
-            for name in (RECIPE, METRICS, ENCODINGS, PLAN, ONNX, LOG, TRAINING_LOG, CURVES):
+            for name in (RECIPE, METRICS, ENCODINGS, PLAN, ONNX, TFLITE, LOG, TRAINING_LOG, CURVES):
                 (self.path / name).unlink(missing_ok=True)
             for name in (CHECKPOINTS, BOARD):
                 shutil.rmtree(self.path / name, ignore_errors=True)

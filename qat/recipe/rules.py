@@ -44,6 +44,8 @@ def broken_rules(recipe: Recipe) -> list[str]:
             problems.append(f"{where}.train.phase is float after an algorithm; train the float model before it")
     if recipe.export.onnx is not None and not calibrated:
         problems.append("export.onnx needs ranges; add a calibrate stage")
+    if recipe.export.tflite is not None and not calibrated:
+        problems.append("export.tflite needs ranges; add a calibrate stage")
     expect = recipe.expect
     if not calibrated and (expect.top1 is not None or expect.max_drop is not None):
         problems.append("expect.top1 and expect.max_drop speak of the quantized model; add a calibrate stage")

@@ -19,7 +19,7 @@ import qat
 from qat.errors import CheckFailedError, OutputError
 from qat.graph.prepared import PreparedModel
 from qat.recipe import stages, training
-from qat.recipe.folder import CHECKPOINTS, ENCODINGS, ONNX, PLAN, RunFolder, RunState, StageRecord
+from qat.recipe.folder import CHECKPOINTS, ENCODINGS, ONNX, PLAN, TFLITE, RunFolder, RunState, StageRecord
 from qat.recipe.report import check_expectations, results_table
 from qat.recipe.schema import Recipe, Stage
 from qat.recipe.session import Session
@@ -157,6 +157,8 @@ class _Run:
             self._measure("float", self.model)
         if self.recipe.export.onnx is not None:
             self._export()
+        if self.recipe.export.tflite is not None:
+            self._export_tflite()
         skipped = self.session.data.skipped.summary()
         if skipped:
             self.show(skipped)
@@ -263,6 +265,20 @@ class _Run:
         )
         if self.session.data.test is not None:
             self._measure("ONNX Runtime", stages.onnx_classifier(path))
+
+    def _export_tflite(self) -> None:
+        part = self.recipe.export.tflite
+        assert part is not None
+        assert self.qmodel is not None
+        path = self.folder.path / TFLITE
+        result = stages.export_tflite(self.recipe, self.qmodel, path, self.session.data.calibration, part)
+        record = {
+            "reference": None if result.verification is None else result.verification.to_json(),
+            "default": None if result.default is None else result.default.to_json(),
+            "sha256": result.sha256,
+        }
+        self._keep(details={**self.state.details, "tflite": record})
+        self.say(str(result))
 
     def _measure(self, label: str, model: Callable[..., Any]) -> None:
         if self.session.data.test is None:

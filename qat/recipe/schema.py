@@ -207,10 +207,20 @@ class OnnxPart(Part):
     unequal_share: Share = Field(default=0.01, description="largest share of an output's codes that may differ")
 
 
+class TflitePart(Part):
+    """The `.tflite` file, int8; needs `pip install 'qat[litert]'`."""
+
+    io: Literal["float", "int8"] = Field(default="float", description="what the file takes and gives")
+    batch_size: Positive = Field(default=1, description="the file's batch size, which is fixed")
+    verify: Literal["outputs", "layers"] = "outputs"
+    samples: Positive = Field(default=16, description="images that are executed and compared")
+
+
 class ExportPart(Part):
     """What is written and verified."""
 
     onnx: OnnxPart | None = None
+    tflite: TflitePart | None = None
 
 
 class ExpectPart(Part):

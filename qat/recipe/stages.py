@@ -24,11 +24,12 @@ from qat.algorithms.rounding import Rounding
 from qat.errors import CheckpointError, DataError, QatError, QuantizationWarning, RecipeError, VerificationError
 from qat.export.difference import Level, Verification
 from qat.export.model import execute
+from qat.export.tflite.verify import TfliteResult
 from qat.export.verify import ExportResult, session
 from qat.export.verify import verify_onnx as verify_file
 from qat.graph.plan import Plan
 from qat.graph.prepared import PreparedModel
-from qat.recipe.schema import CalibratePart, ModelPart, OnnxPart, Recipe
+from qat.recipe.schema import CalibratePart, ModelPart, OnnxPart, Recipe, TflitePart
 from qat.recipe.schema_ptq import AlgorithmPart
 from qat.targets import Target
 from qat.torchvision import import_torchvision
@@ -237,6 +238,25 @@ def export_onnx(recipe: Recipe, qmodel: PreparedModel, path: Path, split: Split,
         unequal_share=part.unequal_share,
         opset=part.opset,
         dynamic_batch=find_target(recipe).dynamic_batch,
+        name=recipe.name,
+        metadata={"recipe": recipe.name},
+    )
+
+
+def export_tflite(recipe: Recipe, qmodel: PreparedModel, path: Path, split: Split, part: TflitePart) -> TfliteResult:
+    """Write, execute and compare the `.tflite` file.
+
+    Raises:
+        ExportError: The model has no int8 form in TFLite, or ai-edge-litert is not installed.
+        VerificationError: LiteRT's reference kernels give another code; no file is left.
+    """
+    return qat.export_tflite(
+        qmodel,
+        path,
+        samples=list(split.images(part.samples)),
+        io=part.io,
+        verify=part.verify,
+        batch_size=part.batch_size,
         name=recipe.name,
         metadata={"recipe": recipe.name},
     )

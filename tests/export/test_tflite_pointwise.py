@@ -82,8 +82,9 @@ def test_a_sum_keeps_the_layout_of_a_convolution_before_it() -> None:
 @pytest.mark.parametrize(
     ("low", "high", "operators"),
     [
-        (0.0, None, {"RELU"}), (0.0, 6.0, {"RELU6"}), (-1.0, 1.0, {"RELU_N1_TO_1"}), (-2.0, 3.0, {"MAXIMUM", "MINIMUM"}),
-        (0.5, None, {"MAXIMUM"}), (None, 0.5, {"MINIMUM"}), (1.0, 1.0, {"MAXIMUM", "MINIMUM"}),
+        (0.0, None, {"RELU"}), (0.0, 6.0, {"RELU6"}), (-1.0, 1.0, {"RELU_N1_TO_1"}),
+        (-2.0, 3.0, {"MAXIMUM", "MINIMUM"}), (0.5, None, {"MAXIMUM"}), (None, 0.5, {"MINIMUM"}),
+        (1.0, 1.0, {"MAXIMUM", "MINIMUM"}),
     ],
 )  # fmt: skip
 def test_clamps(low: float | None, high: float | None, operators: set[str]) -> None:
@@ -91,9 +92,7 @@ def test_clamps(low: float | None, high: float | None, operators: set[str]) -> N
     check(one("clamp", x, x, (256,), (256,), low=low, high=high), every_code((256,), x, 1), operators)
     # another encoding of the result: requantized first
     y = grid(0.05, -20)
-    check(
-        one("clamp", x, y, (256,), (256,), low=low, high=high), every_code((256,), x, 1), operators | {"QUANTIZE"}
-    )
+    check(one("clamp", x, y, (256,), (256,), low=low, high=high), every_code((256,), x, 1), operators | {"QUANTIZE"})
 
 
 @settings(max_examples=50)
@@ -130,7 +129,7 @@ FUNCTIONS: list[tuple[str, dict[str, Any], set[str]]] = [
     ("softplus", {}, {"CAST", "ADD", "GATHER"}),
     ("erf", {}, {"CAST", "ADD", "GATHER"}),
     ("abs", {}, {"CAST", "ADD", "GATHER"}),
-    ("relu6", {}, {"RELU6", "QUANTIZE"}),
+    ("relu6", {}, {"RELU6", "RELU", "MAXIMUM", "MINIMUM", "QUANTIZE"}),
 ]
 
 
@@ -147,7 +146,8 @@ def test_functions_of_every_code(
 
 
 @pytest.mark.parametrize(
-    ("function", "y"), [("sigmoid", grid(1 / 256, -128)), ("tanh", grid(1 / 128, 0)), ("sigmoid", grid(1 / 256, -128, "uint8"))]
+    ("function", "y"),
+    [("sigmoid", grid(1 / 256, -128)), ("tanh", grid(1 / 128, 0)), ("sigmoid", grid(1 / 256, -128, "uint8"))],
 )  # fmt: skip
 def test_a_prescribed_encoding_needs_no_requantization(function: str, y: Encoding) -> None:
     x = grid(0.05, 3)
@@ -164,7 +164,11 @@ def test_a_rescaling_keeps_every_code(factor: float) -> None:
 
 @settings(max_examples=40)
 @given(
-    st.floats(2.0**-12, 2.0, width=32), st.integers(1, 200), st.sampled_from([-1, 1, 2]), POINTS, st.integers(0, 1 << 16)
+    st.floats(2.0**-12, 2.0, width=32),
+    st.integers(1, 200),
+    st.sampled_from([-1, 1, 2]),
+    POINTS,
+    st.integers(0, 1 << 16),
 )
 def test_softmax(scale: float, length: int, axis: int, zero: int, seed: int) -> None:
     x, shape = grid(scale, zero), [3, 4]
@@ -172,6 +176,20 @@ def test_softmax(scale: float, length: int, axis: int, zero: int, seed: int) -> 
     program = one("softmax", x, grid(1 / 256, -128), tuple(shape), tuple(shape), axis=axis)
     codes = random_codes(1, *shape, seed=seed)
     check(program, [(real(codes, x),), (real(codes // 16, x),)])
+
+
+@pytest.mark.parametrize("shape", [(), (5,)])
+@settings(max_examples=20)
+@given(
+    st.floats(2.0**-9, 0.25, width=32), st.floats(0.25, 4.0, width=32), POINTS, POINTS,
+    st.lists(st.floats(-2.0, 2.0, width=32), min_size=5, max_size=5),
+)  # fmt: skip
+def test_prelu(shape: tuple[int, ...], sx: float, ratio: float, zx: int, zy: int, slopes: list[float]) -> None:
+    x, y = grid(sx, zx), grid(sx * ratio, zy)
+    values = torch.tensor(slopes) if shape else torch.tensor(slopes[0])
+    program = one("prelu", x, y, (5, 16, 16), (5, 16, 16), (Constant("slope", values),))
+    model = check(program, every_code((5, 16, 16), x, 1))
+    assert set(model.operators) <= ({"PRELU"} if shape else {"LEAKY_RELU", "CAST", "ADD", "GATHER"}) | {"TRANSPOSE"}
 
 
 def test_softmax_to_another_encoding() -> None:

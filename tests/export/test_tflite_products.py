@@ -67,7 +67,9 @@ def test_fully_connected_rounds_once_in_float64(
     sx: float, sw: float, ratio: float, zx: int, zy: int, seed: int, per_tensor: bool
 ) -> None:
     x, y, rows = grid(sx, zx), grid(sx * sw * 500 * ratio, zy), 64
-    scales = [sw] if per_tensor else (torch.rand(rows, generator=torch.Generator().manual_seed(seed)) * sw + sw / 9).tolist()
+    scales = (
+        [sw] if per_tensor else (torch.rand(rows, generator=torch.Generator().manual_seed(seed)) * sw + sw / 9).tolist()
+    )
     w = weight_of("fc.weight", random_codes(rows, 16, seed=seed).clamp(-127), scales)
     held = list(w.encoding.scale) * (rows if per_tensor else 1)  # type: ignore[union-attr]
     b = bias_of("fc.bias", at_ties(held, x, y, rows, seed), x, w)
@@ -81,12 +83,18 @@ def test_fully_connected_rounds_once_in_float64(
         ((3, 7, 9), (8, 3, 3, 3), (8, 7, 9), {"padding": ((1, 1), (1, 1))}, {"CONV_2D"}),
         ((3, 8, 8), (8, 3, 3, 3), (8, 4, 4), {"padding": ((1, 1), (1, 1)), "stride": (2, 2)}, {"PAD", "CONV_2D"}),
         ((3, 8, 8), (8, 3, 3, 3), (8, 4, 4), {"padding": ((0, 1), (0, 1)), "stride": (2, 2)}, {"CONV_2D"}),
-        ((3, 9, 9), (8, 3, 3, 3), (8, 5, 5), {"padding": ((2, 2), (2, 2)), "stride": (2, 2), "dilation": (2, 2)}, {"CONV_2D"}),
+        (
+            (3, 9, 9), (8, 3, 3, 3), (8, 5, 5),
+            {"padding": ((2, 2), (2, 2)), "stride": (2, 2), "dilation": (2, 2)}, {"CONV_2D"},
+        ),
         ((4, 9, 5), (8, 2, 3, 1), (8, 7, 5), {"groups": 2}, {"CONV_2D"}),
         ((4, 9, 5), (8, 1, 3, 3), (8, 9, 5), {"groups": 4, "padding": ((1, 1), (1, 1))}, {"DEPTHWISE_CONV_2D"}),
         ((4, 9, 5), (4, 1, 3, 3), (4, 5, 1), {"groups": 4, "dilation": (2, 2)}, {"DEPTHWISE_CONV_2D"}),
         ((4, 11), (6, 4, 3), (6, 5), {"stride": (2,)}, {"CONV_2D", "RESHAPE", "TRANSPOSE"}),
-        ((4, 11), (4, 1, 3), (4, 11), {"groups": 4, "padding": ((1, 1),)}, {"DEPTHWISE_CONV_2D", "RESHAPE", "TRANSPOSE"}),
+        (
+            (4, 11), (4, 1, 3), (4, 11), {"groups": 4, "padding": ((1, 1),)},
+            {"DEPTHWISE_CONV_2D", "RESHAPE", "TRANSPOSE"},
+        ),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("per_tensor", [False, True])
@@ -109,9 +117,7 @@ def test_no_bias_a_fused_activation_and_an_activation_that_is_none_of_tflites() 
     check(conv_case(**case, clamp=(None, 3.0)), codes, {"CONV_2D", "MINIMUM"})
 
 
-@pytest.mark.parametrize(
-    ("dtype", "low", "high"), [("uint8", 1, 255), ("int4", -8, 7), ("int8", -127, 127)]
-)
+@pytest.mark.parametrize(("dtype", "low", "high"), [("uint8", 1, 255), ("int4", -8, 7), ("int8", -127, 127)])
 def test_other_weights_keep_their_values(dtype: str, low: int, high: int) -> None:
     x, y = grid(0.02, -7, "uint8"), grid(0.1, 11, "uint8")
     middle = 128 if dtype == "uint8" else 0
@@ -119,7 +125,16 @@ def test_other_weights_keep_their_values(dtype: str, low: int, high: int) -> Non
     encoding = Encoding(dtype, (0.01,), (middle,), low, high, True)
     w = Constant("conv.weight", codes.to(torch.uint8 if middle else torch.int8), encoding)
     program = one(
-        "conv", x, y, (3, 5, 5), (4, 3, 3), (w, None), stride=(1, 1), padding=((0, 0), (0, 0)), dilation=(1, 1), groups=1
+        "conv",
+        x,
+        y,
+        (3, 5, 5),
+        (4, 3, 3),
+        (w, None),
+        stride=(1, 1),
+        padding=((0, 0), (0, 0)),
+        dilation=(1, 1),
+        groups=1,
     )
     check(program, [(real(random_codes(1, 3, 5, 5), x),)], {"CONV_2D"})
 
@@ -128,7 +143,10 @@ def test_other_weights_keep_their_values(dtype: str, low: int, high: int) -> Non
     ("x_shape", "w_shape", "y_shape", "attrs"),
     [
         ((3, 4, 5), (3, 6, 3, 3), (6, 9, 11), {"stride": (2, 2)}),
-        ((3, 4, 5), (3, 6, 3, 3), (6, 8, 10), {"stride": (2, 2), "padding": ((1, 1), (1, 1)), "output_padding": (1, 1)}),
+        (
+            (3, 4, 5), (3, 6, 3, 3), (6, 8, 10),
+            {"stride": (2, 2), "padding": ((1, 1), (1, 1)), "output_padding": (1, 1)},
+        ),
         ((3, 4, 5), (3, 6, 2, 2), (6, 8, 10), {"stride": (2, 2)}),
         ((3, 4, 5), (3, 2, 4, 4), (2, 5, 6), {"padding": ((1, 1), (1, 1))}),
         ((3, 4, 5), (3, 2, 1, 1), (2, 8, 10), {"stride": (2, 2), "output_padding": (1, 1)}),
@@ -152,9 +170,7 @@ def test_linear_over_the_last_dimension(shape: tuple[int, ...]) -> None:
 
 @settings(max_examples=20)
 @given(SCALES, SCALES, st.floats(0.2, 5.0), POINTS, POINTS, POINTS, SEEDS)
-def test_products_of_activations(
-    sa: float, sb: float, ratio: float, za: int, zb: int, zy: int, seed: int
-) -> None:
+def test_products_of_activations(sa: float, sb: float, ratio: float, za: int, zb: int, zy: int, seed: int) -> None:
     a, b, y = grid(sa, za), grid(sb, zb), grid(sa * sb * 100 * ratio, zy)
     builder = Builder()
     left, right = builder.input("a", (-1, 2, 4, 6), a), builder.input("b", (-1, 2, 6, 5), b)

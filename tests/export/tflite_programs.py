@@ -1,4 +1,4 @@
-"""Small programs made by hand, legalized, written, executed in LiteRT's reference kernels and compared in every code."""
+"""Small programs made by hand, legalized, written, executed in LiteRT's reference kernels, compared in every code."""
 
 from __future__ import annotations
 

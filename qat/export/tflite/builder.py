@@ -27,9 +27,9 @@ VERSIONS: Mapping[str, int] = MappingProxyType(
         "ADD": 2, "AVERAGE_POOL_2D": 2, "BATCH_MATMUL": 2, "BROADCAST_TO": 3, "CAST": 1, "CONCATENATION": 2,
         "CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "DEQUANTIZE": 2, "FULLY_CONNECTED": 5, "GATHER": 2, "GELU": 2,
         "HARD_SWISH": 1, "LEAKY_RELU": 2, "LOGISTIC": 2, "MAXIMUM": 2, "MAX_POOL_2D": 2, "MEAN": 2, "MINIMUM": 2,
-        "MIRROR_PAD": 2, "MUL": 2, "PAD": 2, "PADV2": 2, "QUANTIZE": 2, "RELU": 2, "RELU6": 2, "RELU_N1_TO_1": 1, "RESHAPE": 1, "RESIZE_BILINEAR": 3,
-        "RESIZE_NEAREST_NEIGHBOR": 3, "SLICE": 2, "SOFTMAX": 2, "STRIDED_SLICE": 2, "SUB": 3, "TANH": 2,
-        "TRANSPOSE": 2, "TRANSPOSE_CONV": 3,
+        "MIRROR_PAD": 2, "MUL": 2, "PAD": 2, "PADV2": 2, "PRELU": 1, "QUANTIZE": 2, "RELU": 2, "RELU6": 2,
+        "RELU_N1_TO_1": 1, "RESHAPE": 1, "RESIZE_BILINEAR": 3, "RESIZE_NEAREST_NEIGHBOR": 3, "SLICE": 2, "SOFTMAX": 2,
+        "STRIDED_SLICE": 2, "SUB": 3, "TANH": 2, "TRANSPOSE": 2, "TRANSPOSE_CONV": 3,
     }
 )  # fmt: skip
 
@@ -158,9 +158,7 @@ class ModelBuilder:
             item.builtinOptions = chosen
         self._operators.append(item)
 
-    def to_bytes(
-        self, inputs: Sequence[int], outputs: Sequence[int], name: str, metadata: Mapping[str, str]
-    ) -> bytes:
+    def to_bytes(self, inputs: Sequence[int], outputs: Sequence[int], name: str, metadata: Mapping[str, str]) -> bytes:
         """Pack the model.
 
         Args:

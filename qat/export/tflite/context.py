@@ -1,9 +1,9 @@
 """The TFLite graph under construction: where every value of the program lives in it, and in which layout.
 
-TFLite's spatial operators want the channels last, PyTorch's programs have them second. A value therefore has an *order*:
-physical dimension i of its tensor is dimension `order[i]` of the program's tensor. An operator asks for the order it
-needs, and a Transpose is inserted only where the value has another one. A transposition of the program costs nothing: its
-result is the same tensor in another order.
+TFLite's spatial operators want the channels last, PyTorch's programs have them second. A value therefore has an
+*order*: physical dimension i of its tensor is dimension `order[i]` of the program's tensor. An operator asks for the
+order it needs, and a Transpose is inserted only where the value has another one. A transposition of the program costs
+nothing: its result is the same tensor in another order.
 """
 
 from __future__ import annotations
@@ -149,11 +149,11 @@ class Context:
         return self.value(name).order
 
     def read(self, name: str, order: Order | None = None) -> int:
-        """Number of a tensor that holds a value in an order of dimensions (default: the program's), transposed if need be.
+        """Number of a tensor that holds a value in an order of dimensions, transposed if need be.
 
         Args:
             name: A tensor or int8 constant of the program.
-            order: Wanted order.
+            order: Wanted order; None for the program's.
         """
         value = self.value(name)
         wanted = order or tuple(range(len(value.order)))
@@ -222,9 +222,7 @@ class Context:
         data: npt.NDArray[np.int32] = np.zeros(channels, dtype=np.int32)
         if name:
             data = self.program.constants[name].value.numpy().astype(np.int32)
-        return self.builder.tensor(
-            name or f"{weight.name}/no_bias", data.shape, encoding, dtype="int32", data=data
-        )
+        return self.builder.tensor(name or f"{weight.name}/no_bias", data.shape, encoding, dtype="int32", data=data)
 
 
 def same_memory(before: Sequence[int], after: Sequence[int], sizes: Sequence[int]) -> bool:

@@ -128,8 +128,8 @@ def _feed(contract: TensorContract, x: Tensor) -> npt.NDArray[Any]:
     laid = x.permute(contract.order)
     if tuple(laid.shape) != contract.shape:
         raise DataError(
-            f"input {contract.name!r} is {tuple(x.shape)}, in the file's layout {tuple(laid.shape)}, and the file takes "
-            f"{contract.shape}",
+            f"input {contract.name!r} is {tuple(x.shape)}, in the file's layout {tuple(laid.shape)}, and the file "
+            f"takes {contract.shape}",
             "give samples of the exported batch size",
         )
     if contract.dtype == "int8":
@@ -244,7 +244,8 @@ def _require(verification: Verification, outputs: int, bound: float, unequal_sha
     if failed:
         worst = failed[0]
         raise VerificationError(
-            f"output {worst.name!r} of {final} differs from the simulation in {verification.runtime}'s reference kernels "
-            f"by up to {worst.max_difference:g} codes, {100 * worst.unequal_share:.4g} % of {worst.count} unequal",
+            f"output {worst.name!r} of {final} differs from the simulation in {verification.runtime}'s reference "
+            f"kernels by up to {worst.max_difference:g} codes, "
+            f"{100 * worst.unequal_share:.4g} % of {worst.count} unequal",
             'find the layer with verify="layers" and a larger bound, and report the model',
         )

@@ -99,7 +99,7 @@ def program_to_tflite(
     inputs = [_input(ctx, entry, io) for entry in program.inputs]
     table = emitters()
     for op in program.ops:
-        if op.kind == "dequantize" or op.outputs[0] in ctx.values or op.name in ctx.absorbed and op.kind == "clamp":
+        if op.kind == "dequantize" or op.outputs[0] in ctx.values or (op.name in ctx.absorbed and op.kind == "clamp"):
             continue
         if op.kind not in table:
             raise ExportError(f"operator {op.name!r} of kind {op.kind!r} has no TFLite spelling", "report this model")

@@ -4,7 +4,7 @@ Every tensor is int8 with one scale and all 256 codes; weights are int8 with zer
 
 - `arithmetic`: quantize, fixed-point multiplication, gemmlowp's exponential and reciprocal.
 - `products`: convolution, transposed convolution, fully connected, matrix product.
-- `elementwise`: addition, subtraction, multiplication, clamping.
+- `elementwise`: addition, subtraction, multiplication, PReLU, clamping.
 - `reduce`: average pooling, mean.
 - `functions`: functions of one tensor as tables of 256 codes.
 - `softmax`, `resize`: what their names say.

@@ -1,6 +1,6 @@
-"""Addition, subtraction, multiplication and clamping of int8 codes, with broadcasting.
+"""Addition, subtraction, multiplication, PReLU and clamping of int8 codes, with broadcasting.
 
-Sources: TensorFlow Lite `kernels/{add,sub,mul}.cc` (`Prepare`), `kernels/internal/reference/{add,sub}.h`,
+Sources: TensorFlow Lite `kernels/{add,sub,mul}.cc` (`Prepare`), `kernels/internal/reference/{add,sub,prelu}.h`,
 `kernels/internal/reference/integer_ops/{add,mul}.h`; `CalculateActivationRangeQuantized` in `kernels/kernel_util.cc`.
 """
 
@@ -54,6 +54,27 @@ def mul(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) ->
     """Multiply; arguments and result as for `add`."""
     product = (a_codes.to(torch.int64) - a.zero_point) * (b_codes.to(torch.int64) - b.zero_point)
     return requantize(product, Multiplier.of(round_to_float32(round_to_float32(a.scale * b.scale) / y.scale)), y)
+
+
+def prelu(codes: Tensor, x: QParams, slopes: Tensor, slope: QParams, y: QParams) -> Tensor:
+    """PReLU with quantized slopes.
+
+    Args:
+        codes: int8 codes of any integer dtype.
+        x: Parameters of `codes`.
+        slopes: int8 codes that broadcast against `codes`.
+        slope: Parameters of `slopes`.
+        y: Parameters of the result.
+
+    Returns:
+        int32 codes, shape of `codes`.
+    """
+    value = codes.to(torch.int64) - x.zero_point
+    steep = Multiplier.of(round_to_float32(x.scale / y.scale))
+    flat = Multiplier.of(round_to_float32(round_to_float32(x.scale * slope.scale) / y.scale))
+    below = multiply(value * (slopes.to(torch.int64) - slope.zero_point), flat)
+    result = torch.where(value >= 0, multiply(value, steep), below) + y.zero_point
+    return result.clamp(y.qmin, y.qmax).to(torch.int32)
 
 
 def bounds(low: float | None, high: float | None, y: QParams) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from qat.integer.kernels.resize import nearest_source
 from qat.integer.operators import qparams
 from qat.integer.program import Constant, Op, Program, TensorInfo
 from qat.integer.tflite import elementwise, functions, products, resize, softmax
-from qat.integer.tflite.signed import signed, signed_constant, signed_weight
+from qat.integer.tflite.signed import signed, signed_constant, signed_slope, signed_weight
 
 _WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
 _FLOAT = "give the operators around it schemes that make it integer, or leave it out of the exported model"
@@ -104,7 +104,9 @@ class _Legalizing:
             raise ExportError(f"operator {op.name!r} is a float island ({cause})", _FLOAT)
         rule = _RULES.get(op.kind)
         if rule is None:
-            raise ExportError(f"operator {op.name!r}: TFLite has no int8 {op.kind}", "keep it out of the exported model")
+            raise ExportError(
+                f"operator {op.name!r}: TFLite has no int8 {op.kind}", "keep it out of the exported model"
+            )
         self._read(op)
         for name in op.outputs:
             info = self.program.tensors[name]
@@ -123,6 +125,8 @@ class _Legalizing:
                 self.constants[name] = signed_weight(constant, op.name)
             elif op.kind in _WEIGHTED and number == 2:
                 self.constants[name] = constant
+            elif op.kind == "prelu" and number == 1:
+                continue
             elif constant.encoding is None:
                 raise ExportError(f"operator {op.name!r} ({op.kind}) reads the float constant {name!r}", _FLOAT)
             else:
@@ -365,6 +369,19 @@ def _table(work: _Legalizing, op: Op) -> None:
         work.emit(op)
 
 
+def _prelu(work: _Legalizing, op: Op) -> None:
+    """LeakyRelu where there is one slope; else PRelu, whose slopes are int8."""
+    slopes = work.program.constants[op.inputs[1]]
+    if slopes.value.numel() == 1:
+        params = {"negative_slope": float(slopes.value)}
+        work.operator(Op("table", op.name, op.inputs[:1], op.outputs, {"function": "leaky_relu", "params": params}))
+        return
+    rank = len(work.shape(op.inputs[0]))
+    constant = signed_slope(slopes, (slopes.value.numel(), *([1] * (rank - 2))))
+    work.constants[constant.name] = constant
+    work.emit(op, inputs=(op.inputs[0], constant.name))
+
+
 def _silu(work: _Legalizing, op: Op) -> None:
     """Logistic and Mul."""
     y = op.outputs[0]
@@ -414,6 +431,7 @@ _RULES: Mapping[str, Callable[[_Legalizing, Op], None]] = MappingProxyType(
         "clamp": _clamp,
         "rescale": _rescale,
         "table": _table,
+        "prelu": _prelu,
         "softmax": _softmax,
         "max_pool": _max_pool,
         "avg_pool": _avg_pool,

@@ -82,6 +82,13 @@ def _table(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) 
     return codes.to(index.device).index_select(0, index).reshape(x.value.shape)
 
 
+def _prelu(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
+    x, slope = inputs
+    assert x is not None
+    assert slope is not None
+    return elementwise.prelu(x.value, x.params, slope.value, slope.params, qparams(y))
+
+
 def _softmax(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
     (x,) = inputs
     assert x is not None
@@ -141,6 +148,7 @@ OPERATORS: Mapping[str, CodeOperator] = MappingProxyType(
         "mul": _binary(elementwise.mul),
         "clamp": _clamp,
         "table": _table,
+        "prelu": _prelu,
         "softmax": _softmax,
         "max_pool": CODE_OPERATORS["max_pool"],
         "avg_pool": _avg_pool,

@@ -12,6 +12,7 @@ import torch
 from qat.encoding import Encoding
 from qat.errors import ExportError
 from qat.integer.program import Constant
+from qat.numerics import SCALE_FLOOR
 
 _OFFSET = 128
 
@@ -87,6 +88,19 @@ def signed_weight(constant: Constant, operator: str) -> Constant:
     if any(shifted.zero_point):
         raise ExportError(f"{where} has zero points, and TFLite's weights have none", "give it a symmetric scheme")
     return Constant(constant.name, _codes(constant), shifted)
+
+
+def signed_slope(constant: Constant, shape: tuple[int, ...]) -> Constant:
+    """Return the float slopes of a PReLU as int8 with one scale, in a shape that broadcasts.
+
+    Args:
+        constant: float32 slopes.
+        shape: Shape of the result.
+    """
+    slopes = constant.value.detach().to("cpu", torch.float32).reshape(shape)
+    scale = max(float(slopes.abs().max()) / 127.0, SCALE_FLOOR)
+    encoding = Encoding("int8", (scale,), (0,), -128, 127, True, provenance="derived", method="slopes")
+    return Constant(f"{constant.name}/int8", encoding.quantize(slopes).to(torch.int8), encoding)
 
 
 def _codes(constant: Constant) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from qat.encoding import Encoding
 from qat.export.tflite.context import Context
 
@@ -59,5 +61,5 @@ def pad(ctx: Context, source: int, result: int, pairs: Pairs, encoding: Encoding
     if fill == encoding.zero_point[0]:
         ctx.builder.operator("PAD", [source, widths], [result], "Pad")
         return
-    value = ctx.builder.codes([fill], encoding, f"{where}/fill")
+    value = ctx.builder.codes(np.array([fill]), encoding, f"{where}/fill")
     ctx.builder.operator("PADV2", [source, widths, value], [result], "PadV2")

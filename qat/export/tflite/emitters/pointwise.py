@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from qat.encoding import Encoding
 from qat.export.tflite.context import ACTIVATIONS, Context, Emitter, Order
 from qat.integer.operators import qparams
 from qat.integer.program import Op
@@ -19,9 +18,7 @@ def _binary(op_type: str, options: str) -> Emitter:
         rank = len(ctx.shape(name))
         order = _common_order(ctx, op, rank)
         operands = [_aligned(ctx, operand, order, rank) for operand in op.inputs]
-        ctx.builder.operator(
-            op_type, operands, [ctx.new(name, order)], options, fusedActivationFunction=activation
-        )
+        ctx.builder.operator(op_type, operands, [ctx.new(name, order)], options, fusedActivationFunction=activation)
 
     return emit
 
@@ -75,8 +72,10 @@ def _limit(ctx: Context, op: Op, source: int, order: Order, first: int, last: in
     encoding = ctx.encoding(name)
     if first > -128:
         low = ctx.builder.codes(np.array(first), encoding, f"{op.name}/low")
-        result = ctx.new(name, order) if last == 127 else ctx.scratch(
-            f"{op.name}/raised", ctx.builder.shape(source), encoding
+        result = (
+            ctx.new(name, order)
+            if last == 127
+            else ctx.scratch(f"{op.name}/raised", ctx.builder.shape(source), encoding)
         )
         ctx.builder.operator("MAXIMUM", [source, low], [result], "MaximumMinimum")
         source = result
@@ -90,6 +89,14 @@ def requantize(ctx: Context, op: Op) -> None:
     x = op.inputs[0]
     order = ctx.order(x)
     ctx.builder.operator("QUANTIZE", [ctx.read(x, order)], [ctx.new(op.outputs[0], order)], "Quantize")
+
+
+def prelu(ctx: Context, op: Op) -> None:
+    """PRelu."""
+    x, slopes = op.inputs
+    order, name = ctx.order(x), op.outputs[0]
+    operands = [ctx.read(x, order), _aligned(ctx, slopes, order, len(order))]
+    ctx.builder.operator("PRELU", operands, [ctx.new(name, order)])
 
 
 _OPERATORS = {
@@ -147,12 +154,6 @@ def quantize(ctx: Context, op: Op) -> None:
     ctx.builder.operator("QUANTIZE", [value.tensor], [ctx.new(op.outputs[0], value.order)], "Quantize")
 
 
-def encoded(encoding: Encoding | None) -> Encoding:
-    """An encoding that is there."""
-    assert encoding is not None
-    return encoding
-
-
 EMITTERS: dict[str, Emitter] = {
     "add": _binary("ADD", "Add"),
     "sub": _binary("SUB", "Sub"),
@@ -160,6 +161,7 @@ EMITTERS: dict[str, Emitter] = {
     "clamp": clamp,
     "requantize": requantize,
     "table": table,
+    "prelu": prelu,
     "softmax": softmax,
     "quantize": quantize,
 }

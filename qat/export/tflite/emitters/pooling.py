@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qat.export.tflite.context import Context, Emitter
-from qat.export.tflite.emitters.padding import padded
+from qat.export.tflite.emitters.padding import pad, padded
 from qat.export.tflite.emitters.products import image, image_result
 from qat.integer.program import Op
 
@@ -31,8 +31,6 @@ def _pool(ctx: Context, op: Op, op_type: str, fill: int) -> None:
 
 
 def _padded_apart(ctx: Context, source: int, padding: tuple[tuple[int, int], ...], op: Op) -> int:
-    from qat.export.tflite.emitters.padding import pad
-
     batch, height, width, channels = ctx.builder.shape(source)
     (top, bottom), (left, right) = padding
     encoding = ctx.encoding(op.inputs[0])

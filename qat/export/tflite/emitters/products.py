@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from qat.errors import ExportError
@@ -53,7 +55,7 @@ def image(ctx: Context, name: str) -> int:
     return ctx.reshaped(tensor, (sizes[0], 1, sizes[2], sizes[1]), ctx.encoding(name), f"{name}/row")
 
 
-def image_result(ctx: Context, name: str):  # type: ignore[no-untyped-def]
+def image_result(ctx: Context, name: str) -> tuple[int, Callable[[], None]]:
     """Return the tensor (N, H, W, C) to compute a value in, and what is to be called when it is computed."""
     sizes = ctx.shape(name)
     if len(sizes) == 4:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import torch
 
-from qat.export.tflite.context import Context, Emitter, Value, channels_last, same_memory
+from qat.export.tflite.context import Context, Emitter, Value, same_memory
 from qat.export.tflite.emitters.padding import pad as emit_pad
 from qat.export.tflite.emitters.products import image, image_result
 from qat.integer.operators import qparams
@@ -84,9 +84,7 @@ def slice_(ctx: Context, op: Op) -> None:
     mask = sum(1 << d for d, stop in enumerate(stops) if stop < 0)
     end = builder.integers([max(stop, 0) for stop in stops], f"{where}/end")
     step = builder.integers([r.step for r in ranges], f"{where}/step")
-    builder.operator(
-        "STRIDED_SLICE", [source, begin, end, step], [ctx.new(name, order)], "StridedSlice", endMask=mask
-    )
+    builder.operator("STRIDED_SLICE", [source, begin, end, step], [ctx.new(name, order)], "StridedSlice", endMask=mask)
 
 
 def expand(ctx: Context, op: Op) -> None:
