@@ -40,8 +40,8 @@ def legalize(program: Program) -> Program:
     for op in program.ops:
         work.operator(op)
     for name in program.outputs:
-        if name in program.constants or program.tensors[name].dtype != torch.float32:
-            raise ExportError(f"output {name!r} is not computed from the inputs in 8 bits", "leave it out")
+        if name in program.constants or name in program.inputs:
+            raise ExportError(f"output {name!r} is not computed: it is a constant or an input", "leave it out")
     read = {name for op in work.ops for name in op.inputs}
     return replace(
         program,
@@ -100,8 +100,7 @@ class _Legalizing:
 
     def operator(self, op: Op) -> None:
         if op.kind == "island":
-            cause = str(op.attrs.get("cause", "")) or "it cannot be traced"
-            raise ExportError(f"operator {op.name!r} is a float island ({cause})", _FLOAT)
+            raise _in_float(op)
         rule = _RULES.get(op.kind)
         if rule is None:
             raise ExportError(
@@ -112,7 +111,7 @@ class _Legalizing:
             info = self.program.tensors[name]
             self.tensors[name] = info if info.encoding is None else replace(info, encoding=signed(name, info.encoding))
         if op.kind != "dequantize" and self.tensors[op.outputs[0]].encoding is None:
-            raise ExportError(f"operator {op.name!r} ({op.kind}) is computed in float", _FLOAT)
+            raise _in_float(op)
         rule(self, op)
 
     def _read(self, op: Op) -> None:
@@ -146,7 +145,7 @@ class _Legalizing:
 
     def requantize(self, op: Op, source: str) -> None:
         """Emit the requantization of `source` to the result of `op`."""
-        self.emit(Op("requantize", op.name, (source,), op.outputs))
+        _requantize(self, Op("requantize", op.name, (source,), op.outputs))
 
     def fixed(self, op: Op, prescribed: QParams) -> None:
         """Emit an operator whose result has a prescribed encoding."""
@@ -156,6 +155,13 @@ class _Legalizing:
             return
         self.emit(op, outputs=(self.between(f"{y}:fixed", y, _encoding(prescribed, op.kind)),))
         self.requantize(op, f"{y}:fixed")
+
+
+def _in_float(op: Op) -> ExportError:
+    if op.kind == "island":
+        cause = str(op.attrs.get("cause", "")) or "it cannot be traced"
+        return ExportError(f"operator {op.name!r} is a float island ({cause})", _FLOAT)
+    return ExportError(f"operator {op.name!r} ({op.kind}) is computed in float", _FLOAT)
 
 
 def _encoding(q: QParams, method: str) -> Encoding:
@@ -243,7 +249,7 @@ def _clamp(work: _Legalizing, op: Op) -> None:
         work.emit(op)
         return
     wide = work.between(f"{y}:unclamped", y, work.encoding(y).derived(f"clamped into {y}"))
-    work.emit(Op("requantize", op.name, (x,), (wide,)))
+    _requantize(work, Op("requantize", op.name, (x,), (wide,)))
     work.emit(op, inputs=(wide,))
 
 
@@ -365,7 +371,8 @@ def _table(work: _Legalizing, op: Op) -> None:
     elif name == "hardsigmoid":
         _hard_sigmoid(work, op)
     else:
-        functions.codes_of(name, params, work.grid(op.inputs[0]), work.grid(op.outputs[0]))
+        if name == "leaky_relu":
+            _slopes(work, op, float(params.get("negative_slope", 0.01)))
         work.emit(op)
 
 
@@ -379,7 +386,13 @@ def _prelu(work: _Legalizing, op: Op) -> None:
     rank = len(work.shape(op.inputs[0]))
     constant = signed_slope(slopes, (slopes.value.numel(), *([1] * (rank - 2))))
     work.constants[constant.name] = constant
+    _slopes(work, op, float(slopes.value.abs().max()))
     work.emit(op, inputs=(op.inputs[0], constant.name))
+
+
+def _slopes(work: _Legalizing, op: Op, slope: float) -> None:
+    """Check the multipliers of a function of two slopes, 1 and the one given."""
+    _multiplier(op, work.grid(op.inputs[0]).scale / work.grid(op.outputs[0]).scale * max(1.0, abs(slope)))
 
 
 def _silu(work: _Legalizing, op: Op) -> None:
@@ -408,10 +421,9 @@ def _quantize(work: _Legalizing, op: Op) -> None:
 
 
 def _dequantize(work: _Legalizing, op: Op) -> None:
-    if op.outputs[0] not in work.program.outputs:
-        raise ExportError(f"tensor {op.inputs[0]!r} is read by an operator that is computed in float", _FLOAT)
-    if op.inputs[0] in work.constants:
-        raise ExportError(f"output {op.outputs[0]!r} is a constant", "leave it out")
+    for reader in work.program.ops:
+        if op.outputs[0] in reader.inputs:
+            raise _in_float(reader)
     work.emit(op)
 
 
