@@ -87,7 +87,7 @@ def test_an_average_of_another_encoding_is_requantized() -> None:
     )
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     st.floats(2.0**-9, 1.0, width=32), st.floats(0.125, 4.0, width=32), POINTS, POINTS, st.integers(1, 9),
     st.integers(1, 9), st.sampled_from([(2, 3), (1,), (3,), (1, 2, 3), (-1, -2)]), st.booleans(),
@@ -119,7 +119,7 @@ def test_interpolation(size_in: tuple[int, int], size_out: tuple[int, int], mode
     run("resize", (3, *size_in), (3, *size_out), operators | {"QUANTIZE"}, y=grid(0.03, 2), size=size_out, **attrs)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.integers(1, 60), st.booleans())
 def test_bilinear_interpolation_of_any_size(h: int, w: int, height: int, width: int, align: bool) -> None:
     if align and (height == 1 or width == 1):

@@ -67,15 +67,13 @@ class Context:
         self.program, self.batch = program, batch
         self.builder = ModelBuilder()
         self.values: dict[str, Value] = {}
-        self._reserved = reserved
+        self.reserved = reserved
         self._transposed: dict[tuple[int, Order], int] = {}
         self.readers: dict[str, list[Op]] = {}
         for op in program.ops:
             for name in op.inputs:
                 self.readers.setdefault(name, []).append(op)
         self._fused = self._find_fused()
-        #: names of the clamps that their producers have taken over
-        self.absorbed = {clamp.name for clamp, _ in self._fused.values()}
 
     # -- what the program says
 
@@ -129,7 +127,7 @@ class Context:
 
     def scratch(self, name: str, shape: Sequence[int], encoding: Encoding) -> int:
         """Add an int8 tensor that is no value of the program; return its number."""
-        return self.builder.tensor(f"{name}/codes" if name in self._reserved else name, shape, encoding)
+        return self.builder.tensor(f"{name}/codes" if name in self.reserved else name, shape, encoding)
 
     def value(self, name: str) -> Value:
         """Where a value or an int8 constant is; a constant is in the program's own order."""

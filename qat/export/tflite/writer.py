@@ -94,12 +94,13 @@ def program_to_tflite(
         raise ExportError(f"unknown kind {io!r} of inputs and outputs", "use float or int8")
     if batch_size < 1:
         raise ExportError(f"batch size {batch_size} is not positive", "use at least 1")
-    public = [program.tensors[entry].public_name for entry in (*program.inputs, *program.outputs)]
-    ctx = Context(program, batch_size, frozenset(public if io == "float" else ()))
+    public = frozenset(program.tensors[entry].public_name for entry in (*program.inputs, *program.outputs))
+    ctx = Context(program, batch_size, public)
     inputs = [_input(ctx, entry, io) for entry in program.inputs]
     table = emitters()
     for op in program.ops:
-        if op.kind == "dequantize" or op.outputs[0] in ctx.values or (op.name in ctx.absorbed and op.kind == "clamp"):
+        # int8 inputs are quantized already, and a clamp may be the activation of the operator before it
+        if op.kind == "dequantize" or op.outputs[0] in ctx.values:
             continue
         if op.kind not in table:
             raise ExportError(f"operator {op.name!r} of kind {op.kind!r} has no TFLite spelling", "report this model")
@@ -154,4 +155,6 @@ def _output(ctx: Context, entry: str, source: str, io: IO) -> tuple[int, TensorC
         result = ctx.builder.tensor(public, shape, None, dtype="float32")
         ctx.builder.operator("DEQUANTIZE", [tensor], [result], "Dequantize")
         return result, TensorContract(public, shape, order, "float32", encoding)
-    return tensor, TensorContract(public, shape, order, "int8", encoding)
+    if ctx.builder.name(tensor) not in ctx.reserved:  # a tensor that is returned twice keeps its first name
+        ctx.builder.rename(tensor, public)
+    return tensor, TensorContract(ctx.builder.name(tensor), shape, order, "int8", encoding)

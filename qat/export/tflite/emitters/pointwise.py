@@ -52,8 +52,6 @@ def _aligned(ctx: Context, name: str, order: Order, rank: int) -> int:
 
 def clamp(ctx: Context, op: Op) -> None:
     """Relu, Relu6 or ReluN1To1 where one gives the same codes; else Maximum and Minimum with constants."""
-    if op.name in ctx.absorbed and op.outputs[0] in ctx.values:
-        return
     x, name = op.inputs[0], op.outputs[0]
     order, encoding = ctx.order(x), ctx.encoding(name)
     source = ctx.read(x, order)
