@@ -160,18 +160,20 @@ def _ordered(codes: Tensor, order: tuple[int, ...]) -> Tensor:
 
 
 def prove_no_shift_overflow(program: Program, report: OverflowReport) -> None:
-    """Prove that no accumulator leaves 32 bits when a convolution with a multiplier of 1 or more shifts it left.
+    """Prove that no accumulator leaves 32 bits when an operator with a multiplier of 1 or more shifts it left.
 
     Raises:
         ExportError: One may; the layer is named.
     """
     bounds = {layer.name: layer.bound for layer in report.layers}
     for op in program.ops:
-        if op.kind not in ("conv", "conv_transpose") or op.name not in bounds:
+        # the fully connected kernel has no shifts
+        if op.kind not in ("conv", "conv_transpose", "matmul") or op.name not in bounds:
             continue
-        x, y, weight = (program.encoding_of(name) for name in (op.inputs[0], op.outputs[0], op.inputs[1]))
-        assert weight is not None
-        shift = int(multiplier(qparams(x), weight.scale_tensor, qparams(y)).shift.max())
+        x, y, other = (program.encoding_of(name) for name in (op.inputs[0], op.outputs[0], op.inputs[1]))
+        assert other is not None
+        # of a matrix product too: float32 or float64 makes no difference to the power of two that is enough
+        shift = int(multiplier(qparams(x), other.scale_tensor, qparams(y)).shift.max())
         if shift > 0 and bounds[op.name] << shift > arithmetic.INT32_MAX:
             raise ExportError(
                 f"layer {op.name!r}: its accumulator may reach {bounds[op.name]}, which TFLite shifts left by {shift} "

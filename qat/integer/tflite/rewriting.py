@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,6 +14,7 @@ from qat.errors import ExportError
 from qat.integer.kernels.qparams import QParams
 from qat.integer.operators import qparams
 from qat.integer.program import Constant, Op, Program, TensorInfo
+from qat.integer.tflite.arithmetic import INT32_MAX
 from qat.integer.tflite.signed import signed, signed_constant, signed_weight
 
 #: what to do about an operator that cannot be int8
@@ -133,7 +135,7 @@ class Rewriting:
 
     def requantize(self, op: Op, source: str) -> None:
         """Emit the requantization of `source` to the result of `op`."""
-        check_multiplier(op, self.grid(source).scale / self.grid(op.outputs[0]).scale)
+        check_multiplier(op, self.grid(source).scale / self.grid(op.outputs[0]).scale, bound=255)
         self.emit(Op("requantize", op.name, (source,), op.outputs))
 
     def fixed(self, op: Op, prescribed: QParams) -> None:
@@ -159,14 +161,20 @@ def fixed_encoding(q: QParams, method: str) -> Encoding:
     return Encoding("int8", (q.scale,), (q.zero_point,), q.qmin, q.qmax, provenance="fixed", method=method)
 
 
-def check_multiplier(op: Op, value: float, where: str = "") -> None:
-    """Refuse a multiplier that 31 bits and a shift cannot hold.
+def check_multiplier(op: Op, value: float, where: str = "", bound: int = 0) -> None:
+    """Refuse a multiplier that 31 bits and a shift cannot hold, or with which a left shift would leave 32 bits.
+
+    Args:
+        op: The operator, for the message.
+        value: Its real multiplier.
+        where: More of the message.
+        bound: Largest magnitude of what is multiplied, where it is known.
 
     Raises:
-        ExportError: It is 2**30 or more; the operator is named.
+        ExportError: It is 2**30 or more, or too large for the bound; the operator is named.
     """
-    if not value < 1 << 30:
+    if not value < 1 << 30 or bound << max(math.frexp(value)[1], 0) > INT32_MAX:
         raise ExportError(
-            f"operator {op.name!r}{where} needs the multiplier {value:g}, and TFLite's end at 2**30",
+            f"operator {op.name!r}{where} needs the multiplier {value:g}, more than TFLite's fixed point holds",
             "its result has a scale far too small: check its range",
         )

@@ -23,11 +23,6 @@ from qat.integer.tflite.rewriting import MEND, Rewriting, Rule, check_multiplier
 from qat.integer.tflite.signed import signed_slope
 
 
-def _same(work: Rewriting, op: Op) -> None:
-    """An operator that TFLite has as it is."""
-    work.emit(op)
-
-
 def _moves(work: Rewriting, op: Op) -> None:
     for name in op.inputs:
         if work.grid(name) != work.grid(op.outputs[0]):
@@ -72,7 +67,7 @@ def _sum(work: Rewriting, op: Op) -> None:
 
 def _mul(work: Rewriting, op: Op) -> None:
     a, b, y = (work.grid(name) for name in (*op.inputs, op.outputs[0]))
-    check_multiplier(op, a.scale * b.scale / y.scale)
+    check_multiplier(op, a.scale * b.scale / y.scale, bound=255 * 255)
     work.emit(op)
 
 
@@ -86,7 +81,7 @@ def _matmul(work: Rewriting, op: Op) -> None:
 
 
 def _requantize(work: Rewriting, op: Op) -> None:
-    check_multiplier(op, work.grid(op.inputs[0]).scale / work.grid(op.outputs[0]).scale)
+    check_multiplier(op, work.grid(op.inputs[0]).scale / work.grid(op.outputs[0]).scale, bound=255)
     work.emit(op)
 
 
@@ -165,7 +160,8 @@ def _mean(work: Rewriting, op: Op) -> None:
     shape = work.shape(op.inputs[0])
     if not op.attrs["axes"] or any(shape[a] < 0 for a in op.attrs["axes"]):
         raise ExportError(f"operator {op.name!r} takes a mean over the batch or over nothing", MEND)
-    check_multiplier(op, work.grid(op.inputs[0]).scale / work.grid(op.outputs[0]).scale)
+    # the sum of n codes is up to 255 n, and the n that is worked into the multiplier takes at least n / 2 of it back
+    check_multiplier(op, work.grid(op.inputs[0]).scale / work.grid(op.outputs[0]).scale, bound=510)
     work.emit(op)
 
 
@@ -239,7 +235,9 @@ def _prelu(work: Rewriting, op: Op) -> None:
 
 def _slopes(work: Rewriting, op: Op, slope: float) -> None:
     """Check the multipliers of a function of two slopes, 1 and the one given."""
-    check_multiplier(op, work.grid(op.inputs[0]).scale / work.grid(op.outputs[0]).scale * max(1.0, abs(slope)))
+    check_multiplier(
+        op, work.grid(op.inputs[0]).scale / work.grid(op.outputs[0]).scale * max(1.0, abs(slope)), bound=255
+    )
 
 
 def _silu(work: Rewriting, op: Op) -> None:
