@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.algorithms.channels import group_indices
+from qat.algorithms.outputs import OutputError
 from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
 from qat.algorithms.units import Layer, layer_units, quantized_layers
 from qat.errors import DataError, QuantizationWarning, StateError
@@ -31,7 +32,8 @@ class BiasCorrection:
     Attributes:
         method: `empirical` or `analytic`.
         corrected: Names of the layers whose bias was changed.
-        kept: Layers whose output was no better with the correction, and that kept their bias.
+        kept: Layers that kept their bias: their output was no better with the correction, or the model's was worse
+            with all of them.
         skipped: Why each other layer was left as it was, by name.
     """
 
@@ -52,6 +54,10 @@ def correct_bias(
     progress: bool | None = None,
 ) -> BiasCorrection:
     """Correct the bias (or the beta of a folded batch norm) of every quantized layer of a calibrated model.
+
+    Where the model's outputs on the given samples end up farther from the float model's than they were, which happens
+    where the outputs depend on few places of a layer (the class token of a transformer), all of it is undone, with a
+    warning.
 
     Args:
         qmodel: The calibrated model, which is changed.
@@ -82,10 +88,16 @@ def correct_bias(
     if batches is None:
         raise DataError("empirical bias correction needs data", "give batches, or choose the method analytic")
     given = gather(qmodel, batches, samples=samples, memory=memory)
+    outputs = OutputError(qmodel, given, float_model)
+    before, state = outputs.measure(), {key: value.clone() for key, value in qmodel.state_dict().items()}
     sweep(
         qmodel, given, layer_units(qmodel, "norm"), work.measure, float_model=float_model, progress=progress,
         title="bias correction",
     )  # fmt: skip
+    after = outputs.measure() if work.corrected else before
+    if after > before:
+        qmodel.load_state_dict(state)
+        work.undo(before, after)
     return work.result()
 
 
@@ -119,6 +131,16 @@ class _Work:
         with torch.no_grad():
             bias.copy_(old)
         self.kept.append(layer.name)
+
+    def undo(self, before: float, after: float) -> None:
+        """Note that the biases are again what they were."""
+        warnings.warn(
+            f"bias correction is undone: it moved the model's outputs away from the float model's (relative squared "
+            f"error {after:.3g}, before {before:.3g}), though it helped each of {len(self.corrected)} layers by itself",
+            QuantizationWarning,
+            stacklevel=3,
+        )
+        self.kept, self.corrected = [*self.corrected, *self.kept], []
 
     def promise(self, qmodel: PreparedModel, layer: Layer) -> None:
         mean = _promised_mean(qmodel, layer)

@@ -369,3 +369,32 @@ def test_errors_of_batch_norms() -> None:
     with pytest.raises(DataError, match="no data"):
         qat.reestimate_batch_norm(qmodel, [])
     assert all(torch.equal(value, before[key]) for key, value in qmodel.float_state_dict().items())
+
+
+def test_bias_correction_that_moves_the_outputs_away_is_undone() -> None:
+    """The outputs depend on one place of the layer, whose error is the opposite of that of the others."""
+
+    class Token(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(12, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)
+            return y[:, 0]
+
+    torch.manual_seed(0)
+    x = 0.1 * torch.randn(64, 8, 12, generator=torch.Generator().manual_seed(1)) + 5.0
+    x[:, 0] -= 10.0
+    qmodel = qat.prepare(Token().eval(), x[:2], target=TARGET, scheme={"weights": {"dtype": "int4"}})
+    qat.calibrate(qmodel, [x])
+    before = {key: value.clone() for key, value in qmodel.state_dict().items()}
+    with pytest.warns(QuantizationWarning, match="bias correction is undone"):
+        done = qat.correct_bias(qmodel, [x], progress=False)
+    assert (done.corrected, done.kept) == ((), ("layer",))
+    assert all(torch.equal(before[key], value) for key, value in qmodel.state_dict().items())
+    # with all places alike the same layer is corrected
+    x[:, 0] += 10.0
+    same = qat.prepare(Token().eval(), x[:2], target=TARGET, scheme={"weights": {"dtype": "int4"}})
+    qat.calibrate(same, [x])
+    assert qat.correct_bias(same, [x], progress=False).corrected == ("layer",)
