@@ -18,7 +18,7 @@ from qat.graph.plan import Plan
 from qat.graph.prepare import optimize_for_training, plan, prepare
 from qat.graph.prepared import PreparedModel
 from qat.integer.model import IntegerModel, convert
-from qat.scheme import Granularity, ObserverSpec, Scheme
+from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme
 from qat.schemes import LayerRule, Schemes
 from qat.targets import Target, load_target
 
@@ -35,6 +35,7 @@ __all__ = [
     "Plan",
     "PreparedModel",
     "QatError",
+    "QuantizerSpec",
     "Scheme",
     "Schemes",
     "Target",
