@@ -21,6 +21,7 @@ from qat.integer.model import IntegerModel, convert
 from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme
 from qat.schemes import LayerRule, Schemes
 from qat.targets import Target, load_target
+from qat.train.oscillation import OscillationSettings, OscillationTracker
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,8 @@ __all__ = [
     "IntegerModel",
     "LayerRule",
     "ObserverSpec",
+    "OscillationSettings",
+    "OscillationTracker",
     "Plan",
     "PreparedModel",
     "QatError",

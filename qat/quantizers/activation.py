@@ -12,8 +12,9 @@ from qat import native, numerics
 from qat.encoding import Encoding
 from qat.errors import DataError, SchemeError, StateError
 from qat.observers import make_observer
-from qat.quantizers.base import Phase, Quantizer, is_distributed
+from qat.quantizers.base import Phase, Quantizer
 from qat.quantizers.extrema import tensor_range
+from qat.quantizers.processes import is_distributed
 from qat.quantizers.static import fake_quantize, is_for_native
 from qat.scheme import QuantizerSpec, Scheme
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from qat import native, numerics
@@ -16,6 +15,7 @@ from qat.errors import CheckpointError, EncodingError, SchemeError, StateError
 from qat.observers import resolve_observer
 from qat.quantizers.method import Role, Start
 from qat.quantizers.packing import pack_state, unpack_state
+from qat.quantizers.processes import is_distributed, with_zero_gradients
 from qat.quantizers.registry import make_method, resolve_quantizer
 from qat.scheme import Granularity, Scheme
 
@@ -199,8 +199,7 @@ class Quantizer(nn.Module):
         """Return `y` such that parameters that are not in use get a gradient of zero, where processes wait for one."""
         if not self.is_anchored or not torch.is_grad_enabled():
             return y
-        out: Tensor = _Anchor.apply(y, *self.learned_parameters())  # type: ignore[no-untyped-call]
-        return out
+        return with_zero_gradients(y, self.learned_parameters())
 
     @property
     def is_anchored(self) -> bool:
@@ -380,24 +379,6 @@ class Quantizer(nn.Module):
         """Return scheme and phases for `print(model)`."""
         phases = [p for p in ("observing", "quantizing", "tracking") if getattr(self, p)]
         return f"{self.name!r}, {self.scheme.describe()}, {'+'.join(phases) or 'float'}"
-
-
-class _Anchor(torch.autograd.Function):
-    """The identity, with a gradient of zero for other tensors."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, *others: Tensor) -> Tensor:
-        ctx.save_for_backward(*others)
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        return grad, *(torch.zeros_like(other) for other in ctx.saved_tensors)
-
-
-def is_distributed() -> bool:
-    """Tell whether this process is one of several."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _kind(dtype: str, qmin: int, qmax: int, granularity: Granularity) -> str:

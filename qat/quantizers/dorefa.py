@@ -36,8 +36,15 @@ class DoReFa(Method):
     def transform(self, weight: Tensor) -> Tensor:
         """Return the weight through tanh, float32."""
         w = weight.to(torch.float32)
-        with torch.no_grad():
-            largest = w.abs().amax()
-            # near zero tanh is the identity
-            ratio = torch.where(largest > 0, largest / torch.tanh(largest), 1.0)
-        return torch.tanh(w) * ratio
+        return torch.tanh(w) * _ratio(w)
+
+    def untransform(self, values: Tensor, weight: Tensor) -> Tensor:
+        """Return the inverse of tanh, with the ratio of `weight`."""
+        return torch.atanh(values / _ratio(weight.to(torch.float32)))
+
+
+@torch.no_grad()
+def _ratio(weight: Tensor) -> Tensor:
+    """Return the largest magnitude over that through tanh; near zero tanh is the identity."""
+    largest = weight.abs().amax()
+    return torch.where(largest > 0, largest / torch.tanh(largest), 1.0)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from qat import native
 from qat.quantizers.activation import FakeQuantize
-from qat.quantizers.base import is_distributed
+from qat.quantizers.processes import is_distributed
 
 #: An activation: a module, the name of a function, or none.
 Activation = nn.Module | str | None

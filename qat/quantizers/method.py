@@ -111,6 +111,10 @@ class Method:
         """Return what is quantized in place of a weight, differentiable; float32 unless it is the weight itself."""
         return weight
 
+    def untransform(self, values: Tensor, weight: Tensor) -> Tensor:  # noqa: ARG002
+        """Return what `transform` makes `values` of, as elements of `weight` that are not its largest."""
+        return values
+
     @property
     def transforms(self) -> bool:
         """Whether `transform` changes anything."""
