@@ -135,7 +135,7 @@ class Quantizer(nn.Module):
         if self.method.names and self.ready and phase.tracking != self.tracking:
             if self.tracking:
                 self._keep_learned()
-            elif not self._is_kept(self._learned_grid()):
+            elif not self._is_nearly_kept():
                 self._start_learning()
         self._enter(phase)
 
@@ -177,6 +177,11 @@ class Quantizer(nn.Module):
     def _is_kept(self, grid: tuple[Tensor, Tensor]) -> bool:
         """Tell whether the buffers hold this grid."""
         return torch.equal(grid[0], self.scale) and torch.equal(grid[1], self.zero_point)
+
+    def _is_nearly_kept(self) -> bool:
+        """Tell whether the parameters still make the grid of the buffers, but for the rounding of float32."""
+        scale, zero_point = self._learned_grid()
+        return torch.allclose(scale, self.scale, rtol=1e-6, atol=0.0) and torch.equal(zero_point, self.zero_point)
 
     @torch.no_grad()
     def _keep_learned(self) -> None:

@@ -101,6 +101,6 @@ class LSQPlus(LSQ):
         if self.options["init"] == "range":
             return None
         mean, sigma = rows.mean(1), 3.0 * rows.std(1, correction=0)
-        # the paper's scale is this over 2**(bits-1), one more than the levels where none is left out
-        whole = 2.0 ** (self.scheme.int_type.bits - 1)
+        # the paper's scale is this over 2**(bits-1), one more than the levels
+        whole = 1 << self.levels.bit_length()
         return torch.maximum((mean - sigma).abs(), (mean + sigma).abs()) * (self.levels / whole)

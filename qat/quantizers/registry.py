@@ -31,6 +31,9 @@ QUANTIZER_ALIASES: Mapping[str, QuantizerSpec] = MappingProxyType(
 )
 
 
+_A: Mapping[Role, str] = MappingProxyType({"activation": "an activation", "weight": "a weight"})
+
+
 def quantizer_options(kind: type[Method], role: Role) -> dict[str, Option]:
     """Return the legal options of a quantizer by name."""
     return {**kind.OPTIONS, **({"drop": DROP} if role == "activation" else {})}
@@ -53,13 +56,13 @@ def resolve_quantizer(spec: QuantizerSpec, role: Role) -> QuantizerSpec:
         raise SchemeError(f"unknown quantizer {spec.name!r}", nearest(spec.name, QUANTIZERS, QUANTIZER_ALIASES))
     if role not in kind.roles:
         able = ", ".join(name for name, other in QUANTIZERS.items() if role in other.roles)
-        raise SchemeError(f"quantizer {spec.name} is not for a {role}", f"choose one of {able}")
+        raise SchemeError(f"quantizer {spec.name} is not for {_A[role]}", f"choose one of {able}")
     options: dict[str, Any] = {**alias.options, **spec.options}
     legal = quantizer_options(kind, role)
     for key, value in options.items():
         option = legal.get(key)
         if option is None:
-            raise SchemeError(f"quantizer {spec.name} of a {role} has no option {key!r}", nearest(key, legal))
+            raise SchemeError(f"quantizer {spec.name} of {_A[role]} has no option {key!r}", nearest(key, legal))
         if not option.is_legal(value):
             raise SchemeError(
                 f"option {key} of quantizer {spec.name} is {value!r}", f"give {option.describe()} ({option.about})"
