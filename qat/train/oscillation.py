@@ -230,6 +230,7 @@ class OscillationTracker(Hook):
         held = torch.where(restless, torch.round(state["average"]), state["held"].to(codes.dtype))
         state["held"].copy_(held)
         state["frozen"] |= restless
+        state["codes"].copy_(torch.where(state["frozen"], held, codes))
         values = quantizer.method.untransform((held - zero_point) * step, weight)
         weight.copy_(torch.where(state["frozen"], values.to(weight.dtype), weight))
 
