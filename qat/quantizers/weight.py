@@ -316,6 +316,32 @@ class WeightFakeQuantize(Quantizer):
         self._set_range(low, high, "ptq", method)
 
     @torch.no_grad()
+    def follow_batch_norm(self, weight: Tensor, before: Tensor | None) -> None:
+        """Set the buffers after the statistics of the batch norm have changed: so that the codes stay, where that can be.
+
+        A grid by output channel is scaled like the folded weight. Others are set anew by `refresh`, but for learned
+        ones, which stay.
+
+        Args:
+            weight: The float weight.
+            before: What `factor` returned before.
+
+        Raises:
+            DataError: As `refresh`.
+        """
+        after, granularity = self.factor(), self.scheme.granularity
+        by_channel = granularity.kind == "per_channel" and granularity.axis % weight.dim() == self.channel_axis
+        scales = by_channel and self.groups == 1 and self.ready and not self.follows and not self.scheme.power_of_two
+        if scales and after is not None and before is not None:
+            if self.learning:
+                self._keep_learned()
+            for buffer in (self.scale, self.min_val, self.max_val):
+                buffer.mul_((after / before).abs())
+            self._start_learning()
+        elif not self.method.names:
+            self.refresh(weight)
+
+    @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Encoding]:
         """Quantize the (folded) weight onto the grid that `forward` uses.
 
