@@ -1,8 +1,8 @@
 """A training step of each quantizer against a float one: time and peak memory.
 
-Every variant trains the same network on the same batch, in channels_last: forward, loss, backward, SGD with momentum, at 4
-bits. All run in this process, in interleaved rounds; the numbers are medians, the ratios count. Peak memory is that of a
-child process a variant, above what it holds before its first step, as in qat_step.py.
+Every variant trains the same network on the same batch, in channels_last: forward, loss, backward, SGD with momentum,
+at 4 bits. All run in this process, in interleaved rounds; the numbers are medians, the ratios count. Peak memory is
+that of a child process a variant, above what it holds before its first step, as in qat_step.py.
 
     python benchmarks/qat_quantizers.py [--network resnet18] [--batch 16] [--size 128] [--threads 2] [--rounds 7]
                                         [--json FILE]

@@ -317,7 +317,7 @@ class WeightFakeQuantize(Quantizer):
 
     @torch.no_grad()
     def follow_batch_norm(self, weight: Tensor, before: Tensor | None) -> None:
-        """Set the buffers after the statistics of the batch norm have changed: so that the codes stay, where that can be.
+        """Set the buffers after the batch norm's statistics have changed: where that can be, so that the codes stay.
 
         A grid by output channel is scaled like the folded weight. Others are set anew by `refresh`, but for learned
         ones, which stay.

@@ -56,7 +56,7 @@ PAIRS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def prepare(activations: Any, weights: Any, **kwargs: Any) -> PreparedModel:
+def prepare(activations: Any, weights: Any, observer: str = "minmax", **kwargs: Any) -> PreparedModel:
     torch.manual_seed(0)
     model = Net().train()
     with torch.no_grad():
@@ -64,7 +64,7 @@ def prepare(activations: Any, weights: Any, **kwargs: Any) -> PreparedModel:
             model(X)
     scheme = {
         "activations": {"dtype": "uint4", "quantizer": activations},
-        "weights": {"dtype": "int4", "quantizer": weights},
+        "weights": {"dtype": "int4", "quantizer": weights, "observer": observer},
     }
     qmodel = qat.prepare(model, X[:2], target=TARGET, scheme=scheme, **kwargs)
     qat.calibrate(qmodel, [X], progress=False)
@@ -196,6 +196,30 @@ def test_a_checkpoint_in_the_middle_of_training_goes_on_to_the_same_bits() -> No
     train(second, 3)
     assert second.encodings() == whole.encodings()
     assert all(torch.equal(a, whole.state_dict()[k]) for k, a in second.state_dict().items())
+
+
+@pytest.mark.parametrize("phase", ["track", "quantize"])
+@pytest.mark.parametrize("weights", ["lsq", "ulq", "tqt", "static", "follows"])
+def test_batch_norm_re_estimation_keeps_codes(weights: str, phase: str) -> None:
+    qmodel = prepare("lsq", "static") if weights == "follows" else prepare("lsq", weights, observer="histogram")
+    train(qmodel, 4)
+    qmodel.set_phase(phase)
+    before = {key: q.codes(w) for key, q, w in qmodel.weight_quantizers()}
+    factors = {key: q.factor() for key, q, _ in qmodel.weight_quantizers()}
+    qat.reestimate_batch_norm(qmodel, [1.5 * X], progress=False)
+    for key, quantizer, weight in qmodel.weight_quantizers():
+        codes, encoding = quantizer.codes(weight)
+        factor, old = quantizer.factor(), factors[key]
+        if factor is None or old is None or quantizer.scheme.granularity.kind != "per_channel":
+            continue
+        assert not torch.allclose(factor, old, rtol=0.01)
+        if weights == "tqt":  # its scales are powers of two, which stay
+            assert encoding.scale == before[key][1].scale
+            continue
+        # but for ties of the float product
+        assert float((codes != before[key][0]).float().mean()) < 0.01
+        expected = before[key][1].scale_tensor * (factor / old).abs()
+        torch.testing.assert_close(encoding.scale_tensor, expected, rtol=1e-5, atol=0)
 
 
 @pytest.mark.heavy
