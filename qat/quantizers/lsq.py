@@ -56,7 +56,7 @@ class LSQ(Method):
         return 1.0 / math.sqrt(max(shared, 1.0) * self.levels)
 
     def initial_magnitude(self, rows: Tensor) -> Tensor | None:
-        """Return the paper's initial step (section 2.1) in levels, where it is asked for."""
+        """Return the paper's initial step, times the levels, where it is asked for."""
         if self.options["init"] == "range":
             return None
         return 2.0 * rows.abs().mean(1) * math.sqrt(self.levels)
@@ -97,7 +97,7 @@ class LSQPlus(LSQ):
         return (scale, zero_point) if self.scheme.symmetric else (scale, -parameters[1] / scale)
 
     def initial_magnitude(self, rows: Tensor) -> Tensor | None:
-        """Return the paper's initial range (section 3.3) where it is asked for."""
+        """Return the paper's initial range, where it is asked for."""
         if self.options["init"] == "range":
             return None
         mean, sigma = rows.mean(1), 3.0 * rows.std(1, correction=0)

@@ -20,7 +20,7 @@ from qat.quantizers.static import fake_quantize
 class PACT(Method):
     """The clip of an activation is a parameter, `alpha`; after a ReLU it is the upper end of the range.
 
-    The gradient of alpha is 1 for each element that is clipped and 0 for others (equation 3 of the paper). Of a tensor
+    The gradient of alpha is 1 for each element that is clipped and 0 for others (section 3 of the paper). Of a tensor
     with negative values, alpha is the longer end of the range, and the other end keeps its ratio to it: the zero point
     stays. The paper's regularizer is `penalty`, `decay / 2 * alpha**2`: a term of the loss, that reaches alpha by the
     gradient `decay * alpha`, whatever the optimizer. `PreparedModel.quantizer_loss` adds it up.

@@ -74,10 +74,14 @@ def make_method(scheme: Scheme, role: Role) -> Method:
     """Make the method of a quantizer.
 
     Raises:
-        SchemeError: As `resolve_quantizer`, or an initialization that is not for this scheme.
+        SchemeError: As `resolve_quantizer`, or an initialization, or power-of-two scales, that are not for this scheme.
     """
     spec = resolve_quantizer(scheme.quantizer, role)
     method = QUANTIZERS[spec.name](scheme, role, **spec.options)
+    if scheme.power_of_two and method.names and not method.power_of_two:
+        raise SchemeError(
+            f"quantizer {spec.name} learns any scale, and power_of_two asks for powers of two", "choose tqt or static"
+        )
     starts = method.options.get("init", "range")
     if starts != "range" and (role != "weight" or not scheme.symmetric or scheme.granularity.kind == "per_group"):
         raise SchemeError(

@@ -23,7 +23,7 @@ class TQT(Method):
     """`log2_threshold` is a parameter; the scale is `2**ceil(log2_threshold)` over the levels.
 
     The levels are rounded up to a power of two. The rounding up passes the gradient unchanged, so that of the parameter
-    is `scale * ln 2` times that of the scale (equations 6 to 8 of the paper). Of a symmetric tensor the threshold is
+    is `scale * ln 2` times that of the scale. Of a symmetric tensor the threshold is
     the largest magnitude, of one with a zero point, which stays, the width of its range.
     """
 

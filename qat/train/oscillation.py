@@ -22,7 +22,7 @@ from qat.graph.prepared import PreparedModel
 from qat.quantizers import WeightFakeQuantize
 from qat.train.hooks import Hook
 
-#: a weight oscillates where its frequency is above this (section 2.3 of the paper)
+#: a weight oscillates where its frequency is above this (the paper's bound)
 OSCILLATING = 0.005
 #: by default, weights of fewer bits are tracked
 _BITS = 8
@@ -75,14 +75,14 @@ class OscillationTracker(Hook):
 
     After each step, with c the codes of a weight: it *oscillates* where c changes, against the direction of its change
     before. The frequency is `f = m o + (1 - m) f`, o being 1 where it does so in this step; the average of the codes is
-    `a = m c + (1 - m) a` (equations 5 to 7).
+    `a = m c + (1 - m) a`.
 
     *Freezing* (algorithm 1): a weight whose frequency is above the threshold keeps the code round(a) from then on. The
     float weight is set to that code's value after every step, on the grid as it is then, so the code stays whatever the
     optimizer, its momentum, the scale and the batch norm do. Where the scale follows the weight itself, weights at the
     ends of the grid are never frozen, since they make the grid.
 
-    *Dampening* (equation 9): `loss` is `dampen` times the sum of squared differences between weights and the values of
+    *Dampening*: `loss` is `dampen` times the sum of squared differences between weights and the values of
     their codes, without those that are clipped. Its gradient goes to the weights only.
 
     Nothing here waits for a device but `metrics`, `rates` and `state_dict`. In a loop of one's own:

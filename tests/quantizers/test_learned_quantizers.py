@@ -291,6 +291,13 @@ def test_bad_names_and_options(role: str, name: str, options: dict[str, object],
         FakeQuantize(scheme, "t") if role == "activation" else WeightFakeQuantize(scheme, "t", W.shape)
 
 
+@pytest.mark.parametrize("name", [n for n in cases.LEARNED if n != "tqt"])
+def test_powers_of_two_are_not_learned_by_others(name: str) -> None:
+    scheme = cases.with_quantizer(cases.UINT4, name).with_(power_of_two=True)
+    with pytest.raises(SchemeError, match=f"'t': quantizer {name} learns any scale.*choose tqt or static"):
+        FakeQuantize(scheme, "t")
+
+
 def test_papers_initializations_are_not_for_groups() -> None:
     with pytest.raises(SchemeError, match="per tensor or per channel"):
         WeightFakeQuantize(cases.with_quantizer(cases.GROUPS, "lsq", init="mean"), "w", W.shape)

@@ -223,7 +223,7 @@ def test_batch_norm_re_estimation_keeps_codes(weights: str, phase: str) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("pair", ["lsq", "lsq+", "pact and dorefa", "tqt", "ulq"])
+@pytest.mark.parametrize("pair", ["lsq+", "pact and dorefa", "tqt"])
 def test_the_training_step_compiles(pair: str) -> None:
     torch._dynamo.reset()
     plain, qmodel = prepare(*PAIRS[pair]), prepare(*PAIRS[pair])
