@@ -31,12 +31,12 @@ _STATE = ("codes", "direction", "average", "frequency", "frozen", "held")
 
 @dataclass(frozen=True)
 class OscillationSettings:
-    """What is done about oscillations; the defaults are the paper's for 4 bits.
+    """What is done about oscillations; the defaults are the authors' for MobileNetV2 at 4 bits.
 
     Attributes:
         enabled: `auto`: where the model has weights below 8 bits.
         momentum: Weight of a step in the moving averages of codes and of oscillation.
-        dampen: Weight of the dampening loss; 0 for none. The paper's for 4 bits is 0.1, in place of freezing.
+        dampen: Weight of the dampening loss; 0 for none. The authors' is 0.1, in place of freezing.
         dampen_schedule: `cosine`: from 0 to `dampen` over the training; `constant`.
         freeze: Frequency of oscillation above which a weight is frozen, at the start; None to freeze none.
         freeze_final: The same at the end, by a cosine; None for a constant threshold.
