@@ -209,7 +209,8 @@ class Quantizer(nn.Module):
     @property
     def is_anchored(self) -> bool:
         """Whether the forward pass adds parameters to the graph that it does not use."""
-        return bool(self.method.names) and self.training and not self.learning and is_distributed()
+        unused = not self.quantizing or not self.learning
+        return bool(self.method.names) and self.training and unused and is_distributed()
 
     def _learned_encoding(self, samples: int) -> Encoding:
         """Return the encoding of the learned grid; where that has not moved, of the buffers."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from qat.errors import CheckpointError, EncodingError, SchemeError, StateError
 from qat.quantizers import (
     FLOAT,
+    FOLLOW,
     OBSERVE,
     QUANTIZE,
     QUANTIZER_ALIASES,
@@ -164,6 +165,28 @@ def test_where_processes_train_frozen_parameters_get_zeros_and_come_back(
         assert encoding_of(q) == learned
     q.set_phase(TRACK)
     assert encoding_of(q).scale == learned.scale
+
+
+@pytest.mark.parametrize("role", ["activation", "weight"])
+@pytest.mark.parametrize("processes", [False, True])
+def test_a_delayed_start_leaves_the_grid_as_calibrated(
+    role: str, processes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, x = made(role, "lsq")
+    before = encoding_of(q)
+    monkeypatch.setattr(base_module, "is_distributed", lambda: processes)
+    q.set_phase(FOLLOW)
+    leaf = x.clone().requires_grad_()
+    y = q(leaf)
+    assert torch.equal(y, x)
+    y.sum().backward()
+    gradients = [p.grad for p in q.parameters()]
+    assert all(g is not None and not g.any() for g in gradients) if processes else gradients == [None]
+    assert encoding_of(q) == before
+    q.set_phase(TRACK)
+    assert encoding_of(q) == before
+    learn(q, x, 1)
+    assert encoding_of(q) != before
 
 
 @pytest.mark.parametrize(("role", "name"), BOTH)
