@@ -18,9 +18,10 @@ from qat.graph.plan import Plan
 from qat.graph.prepare import optimize_for_training, plan, prepare
 from qat.graph.prepared import PreparedModel
 from qat.integer.model import IntegerModel, convert
-from qat.scheme import Granularity, ObserverSpec, Scheme
+from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme
 from qat.schemes import LayerRule, Schemes
 from qat.targets import Target, load_target
+from qat.train.oscillation import OscillationSettings, OscillationTracker
 
 __version__ = "0.1.0"
 
@@ -32,9 +33,12 @@ __all__ = [
     "IntegerModel",
     "LayerRule",
     "ObserverSpec",
+    "OscillationSettings",
+    "OscillationTracker",
     "Plan",
     "PreparedModel",
     "QatError",
+    "QuantizerSpec",
     "Scheme",
     "Schemes",
     "Target",

@@ -99,10 +99,10 @@ PER_TENSOR = Granularity()
 
 
 @dataclass(frozen=True)
-class ObserverSpec:
-    """An observer by its registered name, with its options."""
+class _Spec:
+    """Something by its registered name, with its options."""
 
-    name: str = "minmax"
+    name: str
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -113,7 +113,28 @@ class ObserverSpec:
         return hash((self.name, tuple(sorted(self.options))))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (ObserverSpec, (self.name, dict(self.options)))
+        return (type(self), (self.name, dict(self.options)))
+
+    def describe(self) -> str:
+        """Return name and options, such as `lsq` or `static(drop=0.5)`."""
+        options = ", ".join(f"{key}={value}" for key, value in self.options.items())
+        return f"{self.name}({options})" if options else self.name
+
+
+@dataclass(frozen=True)
+class ObserverSpec(_Spec):
+    """An observer by its registered name, with its options."""
+
+    name: str = "minmax"
+    __hash__ = _Spec.__hash__
+
+
+@dataclass(frozen=True)
+class QuantizerSpec(_Spec):
+    """A fake quantizer by its registered name, with its options."""
+
+    name: str = "static"
+    __hash__ = _Spec.__hash__
 
 
 @dataclass(frozen=True)
@@ -125,7 +146,7 @@ class Scheme:
         symmetric: The zero point is the middle of the type (0 for signed types) and the range is symmetric.
         granularity: What shares a scale.
         observer: Which statistic chooses the range.
-        quantizer: Which fake quantizer is trained (`static`, ...).
+        quantizer: Which fake quantizer is trained (`static`, `lsq`, ...).
         qmin: Narrower smallest code, or None for the type's.
         qmax: Narrower largest code, or None for the type's.
         power_of_two: Scales are rounded up to a power of two.
@@ -135,7 +156,7 @@ class Scheme:
     symmetric: bool = False
     granularity: Granularity = PER_TENSOR
     observer: ObserverSpec = field(default_factory=ObserverSpec)
-    quantizer: str = "static"
+    quantizer: QuantizerSpec = field(default_factory=QuantizerSpec)
     qmin: int | None = None
     qmax: int | None = None
     power_of_two: bool = False
@@ -193,6 +214,6 @@ class Scheme:
             words.append("[{}, {}]".format(*self.code_range))
         if self.power_of_two:
             words.append("po2")
-        if self.quantizer != "static":
-            words.append(self.quantizer)
+        if self.quantizer != QuantizerSpec():
+            words.append(self.quantizer.describe())
         return " ".join(words)

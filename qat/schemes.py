@@ -6,10 +6,10 @@ import difflib
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from qat.errors import SchemeError
-from qat.scheme import Granularity, ObserverSpec, Scheme, int_type
+from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme, int_type
 
 #: the axis of a granularity is no key: it follows from the operator
 _SCHEME_KEYS = {f.name for f in fields(Scheme)} | {"group_size"}
@@ -139,8 +139,9 @@ def change_scheme(base: Scheme, changes: Mapping[str, Any] | None, where: str) -
     _known(changes, _SCHEME_KEYS | set(CLAMP_KEYS), where)
     changes = _without_clamp(changes, where)
     values = {f.name: getattr(base, f.name) for f in fields(Scheme)}
-    values.update({k: v for k, v in changes.items() if k not in ("granularity", "group_size", "observer")})
-    values["observer"] = _observer(changes.get("observer", base.observer), where)
+    values.update({k: v for k, v in changes.items() if k not in ("granularity", "group_size", "observer", "quantizer")})
+    values["observer"] = _spec(ObserverSpec, changes.get("observer", base.observer), f"{where}.observer")
+    values["quantizer"] = _spec(QuantizerSpec, changes.get("quantizer", base.quantizer), f"{where}.quantizer")
     try:
         if "dtype" in changes and changes["dtype"] != base.dtype:
             mirrored = base.symmetric and base.qmin is not None and base.qmin == -(base.int_type.qmax)
@@ -180,14 +181,17 @@ def _granularity(base: Granularity, changes: Mapping[str, Any]) -> Granularity:
     return Granularity(kind, axis, changes.get("group_size", kept))
 
 
-def _observer(given: object, where: str) -> ObserverSpec:
-    if isinstance(given, ObserverSpec):
+_Spec = TypeVar("_Spec", ObserverSpec, QuantizerSpec)
+
+
+def _spec(kind: type[_Spec], given: object, where: str) -> _Spec:
+    if isinstance(given, kind):
         return given
     if isinstance(given, str):
-        return ObserverSpec(given)
+        return kind(given)
     if isinstance(given, Mapping) and isinstance(given.get("name"), str):
-        return ObserverSpec(given["name"], {k: v for k, v in given.items() if k != "name"})
-    raise SchemeError(f"{where}.observer is {given!r}", "write a name, or {name: ..., option: ...}")
+        return kind(given["name"], {k: v for k, v in given.items() if k != "name"})
+    raise SchemeError(f"{where} is {given!r}", "write a name, or {name: ..., option: ...}")
 
 
 def _known(data: Mapping[str, Any], keys: set[str], where: str) -> None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 
 from qat.errors import SchemeError
-from qat.scheme import INT_TYPES, Granularity, ObserverSpec, Scheme, int_type
+from qat.scheme import INT_TYPES, Granularity, ObserverSpec, QuantizerSpec, Scheme, int_type
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_per_tensor_granularity_has_no_axis() -> None:
          "int8 sym per_channel(0) minmax [-127, 127]"),
         (Scheme("int4", granularity=Granularity("per_group", 1, 32), observer=ObserverSpec("mse"), power_of_two=True),
          "int4 affine per_group(1, 32) mse po2"),
-        (Scheme(quantizer="lsq"), "uint8 affine per_tensor minmax lsq"),
+        (Scheme(quantizer=QuantizerSpec("lsq")), "uint8 affine per_tensor minmax lsq"),
     ],
 )  # fmt: skip
 def test_description(scheme: Scheme, words: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qat.errors import SchemeError
-from qat.scheme import Granularity, ObserverSpec, Scheme
+from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme
 from qat.schemes import LayerRule, Schemes, change_scheme, make_schemes
 
 ACTIVATIONS = Scheme("uint8")
@@ -32,14 +32,20 @@ def test_changes_by_key() -> None:
                 "dtype": "int16",
                 "symmetric": True,
                 "observer": {"name": "percentile", "percentile": 99.9},
+                "quantizer": {"name": "lsq", "drop": 0.5},
             },
-            "weights": {"granularity": "per_group", "group_size": 32, "power_of_two": True},
+            "weights": {"granularity": "per_group", "group_size": 32, "power_of_two": True, "quantizer": "tqt"},
         }
     )
     assert schemes.activations == Scheme(
-        "int16", symmetric=True, observer=ObserverSpec("percentile", {"percentile": 99.9})
+        "int16",
+        symmetric=True,
+        observer=ObserverSpec("percentile", {"percentile": 99.9}),
+        quantizer=QuantizerSpec("lsq", {"drop": 0.5}),
     )
-    assert schemes.weights == WEIGHTS.with_(granularity=Granularity("per_group", 0, 32), power_of_two=True)
+    assert schemes.weights == WEIGHTS.with_(
+        granularity=Granularity("per_group", 0, 32), power_of_two=True, quantizer=QuantizerSpec("tqt")
+    )
 
 
 @pytest.mark.parametrize(

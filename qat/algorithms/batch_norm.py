@@ -52,7 +52,8 @@ def reestimate_batch_norm(
     """Set the statistics of all batch norms to what quantized layers really give them.
 
     Every batch is normalized by its own statistics, so that each layer sees what the corrected layers before it will
-    give. Weights are quantized with a factor of the running variance: those whose grid is fixed get a new one.
+    give. Weights are quantized with a factor of the running variance: a grid by channel that is fixed, calibrated or
+    learned, moves along with it, so that the codes stay; others that are fixed are chosen anew.
 
     Source: Sun et al., "Hybrid 8-bit Floating Point Training and Inference for Deep Neural Networks" (NeurIPS 2019),
     section 3.1; Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (ICML 2022), section 5.2.
@@ -79,6 +80,7 @@ def reestimate_batch_norm(
     if not norms:
         raise StateError("the model has no batch norm with running statistics", "leave the re-estimation out")
     moments = {name: _Moments(norm) for name, norm in norms.items()}
+    factors = {key: quantizer.factor() for key, quantizer, _ in qmodel.weight_quantizers()}
     with restored(qmodel), torch.no_grad():
         qmodel.eval()
         qmodel.set_phase(QUANTIZE)
@@ -99,9 +101,9 @@ def reestimate_batch_norm(
         for found in moments.values():
             if found.count:
                 found.store()
-        for _, quantizer, weight in qmodel.weight_quantizers():
+        for key, quantizer, weight in qmodel.weight_quantizers():
             if quantizer.batch_norm is not None:
-                quantizer.refresh(weight)
+                quantizer.follow_batch_norm(weight, factors[key])
     return tuple(norms)
 
 

@@ -13,6 +13,8 @@ from qat.graph.opgraph import GraphOp, OpGraph
 from qat.graph.plan import Plan, PlanEntry
 from qat.graph.ranges import place_ranges
 from qat.observers import check_observer
+from qat.quantizers.method import Role
+from qat.quantizers.registry import make_method
 from qat.scheme import Granularity, Scheme
 from qat.schemes import Schemes
 from qat.targets import Target
@@ -203,14 +205,14 @@ class _Planner:
             raise SchemeError(
                 f"the activation {name!r} would be quantized {scheme.granularity.kind}", "write per_tensor"
             )
-        _check(scheme, name)
+        _check(scheme, name, "activation")
         return scheme
 
     def _weight_scheme(self, op: GraphOp) -> Scheme | None:
         if op.weight is None:
             return None
         scheme = self.schemes.weight(op.name)
-        _check(scheme, op.weight.key)
+        _check(scheme, op.weight.key, "weight")
         if scheme.granularity.kind == "per_tensor":
             return scheme
         if scheme.granularity.kind == "per_group":
@@ -371,14 +373,13 @@ class _Planner:
         return e.name if e.decision == "integer" else None
 
 
-def _check(scheme: Scheme, name: str) -> None:
+def _check(scheme: Scheme, name: str, role: Role) -> None:
     """Refuse what only the quantizers would refuse, so that a plan is never promised in vain."""
     try:
         check_observer(scheme.observer)
+        make_method(scheme, role)
     except SchemeError as error:
         raise SchemeError(f"{name!r}: {error}") from None
-    if scheme.quantizer != "static":
-        raise SchemeError(f"unknown quantizer {scheme.quantizer!r} for {name!r}", "choose static")
 
 
 def _compatible(a: PlanEntry, b: PlanEntry) -> bool:

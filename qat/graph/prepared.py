@@ -17,7 +17,7 @@ from qat.graph.opgraph import OpGraph
 from qat.graph.plan import Plan
 from qat.graph.state import check_state, check_tensors
 from qat.graph.structure import Structure
-from qat.quantizers import FakeQuantize, Phase, WeightFakeQuantize
+from qat.quantizers import FakeQuantize, Phase, Quantizer, WeightFakeQuantize
 from qat.quantizers.phases import (
     FLOAT,
     FOLLOW,
@@ -187,6 +187,24 @@ class PreparedModel(nn.Module):
         """
         self._frozen = freeze_batch_norm(self, names)
         self.train(self.training)
+
+    # -- what quantizers learn
+
+    def quantizer_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the learned parameters of quantizers by name, such as for an optimizer group of their own."""
+        for path, module in self.named_modules():
+            if isinstance(module, Quantizer):
+                for name, parameter in module.named_parameters(recurse=False):
+                    yield f"{path}.{name}", parameter
+
+    def quantizer_loss(self) -> Tensor | None:
+        """Return what quantizers add to the loss while they learn (PACT's decay), a scalar; None for nothing."""
+        terms = []
+        for module in self.modules():
+            if isinstance(module, Quantizer) and module.learning:
+                term = module.method.penalty(module.learned_parameters())
+                terms += [] if term is None else [term]
+        return torch.stack(terms).sum() if terms else None
 
     # -- encodings
 

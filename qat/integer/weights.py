@@ -56,17 +56,18 @@ def folded(prepared: PreparedModel, fusion: Fusion) -> Affine:
     op = fusion.ops[0]
     assert op.weight is not None
     original, quantizer = parameter(prepared, op.weight)
+    value = original.float() if quantizer is None else quantizer.method.transform(original).float()
     axis = 1 if op.kind == "conv_transpose" else 0
     bias_ref = op.inputs[2] if len(op.inputs) > 2 else None
     bias = parameter(prepared, bias_ref)[0].double() if isinstance(bias_ref, ParamRef) else None
     norm = fusion.batch_norm
     if norm is None:
-        return Affine(original.float(), bias, axis, quantizer, original)
+        return Affine(value, bias, axis, quantizer, original)
     factor, shift = norm_affine(prepared, norm)
     shape = [-1 if d == axis else 1 for d in range(original.dim())]
     # where the weight is quantized, the very factor that training used
     trained = quantizer.factor() if quantizer is not None else None
-    weight = original.float() * (factor.float() if trained is None else trained).reshape(shape)
+    weight = value * (factor.float() if trained is None else trained).reshape(shape)
     return Affine(weight, (bias * factor if bias is not None else 0.0) + shift, axis, quantizer, original)
 
 

@@ -1,14 +1,16 @@
-"""`Option`: what an observer may be told."""
+"""`Option`: what an observer or a quantizer may be told."""
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Option:
-    """One option of an observer: its type, its default and the values that it may have.
+    """One option of an observer or quantizer: its type, its default and the values that it may have.
 
     Attributes:
         kind: `float` (an int will do), `int` (a bool never does), `bool` or `str`.
@@ -48,3 +50,18 @@ class Option:
         if not isinstance(value, (int, float) if self.kind is float else int):
             return False
         return (self.low < value if self.low_open else self.low <= value) and value <= self.high
+
+
+def nearest(word: str, legal: Iterable[str], also: Iterable[str] = ()) -> str:
+    """Return how to mend a word that is not legal: the nearest legal one, or all of them.
+
+    Args:
+        word: What was given.
+        legal: What may be given.
+        also: What may be given too, but is named only where it is near.
+    """
+    names = list(legal)
+    if not names:
+        return "leave the options out"
+    near = difflib.get_close_matches(str(word), [*names, *also], n=1)
+    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"

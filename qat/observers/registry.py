@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +18,7 @@ from qat.observers.ifmr import IFMRObserver
 from qat.observers.losses import LpObserver, SQNRObserver
 from qat.observers.minmax import MinMaxObserver
 from qat.observers.moving_average import MovingAverageObserver
-from qat.observers.options import Option
+from qat.observers.options import Option, nearest
 from qat.observers.percentile import PercentileObserver
 from qat.observers.refine import RefineObserver
 from qat.observers.samples import MaceObserver
@@ -61,7 +60,7 @@ def resolve_observer(spec: ObserverSpec) -> ObserverSpec:
     alias = ALIASES.get(spec.name) or Alias(spec.name)
     kind = OBSERVERS.get(alias.observer)
     if kind is None:
-        raise SchemeError(f"unknown observer {spec.name!r}", _nearest(spec.name, OBSERVERS, ALIASES))
+        raise SchemeError(f"unknown observer {spec.name!r}", nearest(spec.name, OBSERVERS, ALIASES))
     found: dict[str, Any] = {}
     for key, value in _single_options(spec, alias):
         own = alias.renames.get(key) or alias.powers.get(key) or key
@@ -69,7 +68,7 @@ def resolve_observer(spec: ObserverSpec) -> ObserverSpec:
         if option is None:
             raise SchemeError(
                 f"observer {spec.name} has no option {key!r}",
-                _nearest(key, kind.OPTIONS, [*alias.renames, *alias.powers, *alias.pairs]),
+                nearest(key, kind.OPTIONS, [*alias.renames, *alias.powers, *alias.pairs]),
             )
         if own in found:
             raise SchemeError(f"option {own} of observer {spec.name} is given twice", f"leave out {key}")
@@ -122,11 +121,3 @@ def _checked(observer: str, key: str, value: object, option: Option, *, power: b
         legal = f"N for which 2**N is {option.describe()}" if power else option.describe()
         raise SchemeError(f"option {key} of observer {observer} is {value!r}", f"give {legal} ({option.about})")
     return meant
-
-
-def _nearest(word: str, legal: Iterable[str], also: Iterable[str] = ()) -> str:
-    names = list(legal)
-    if not names:
-        return "leave the options out"
-    near = difflib.get_close_matches(str(word), [*names, *also], n=1)
-    return f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(names)}"

@@ -1,4 +1,4 @@
-"""Fake quantizers for activations and weights, and the phases that drive them."""
+"""Fake quantizers for activations and weights, their methods by name, and the phases that drive them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from qat.quantizers.phases import (
     set_phase,
     unpack_frozen,
 )
+from qat.quantizers.registry import QUANTIZER_ALIASES, QUANTIZERS, make_method, resolve_quantizer
 from qat.quantizers.rounding import LearnedRounding
 from qat.quantizers.static import fake_quantize
 from qat.quantizers.weight import WeightFakeQuantize
@@ -24,6 +25,8 @@ __all__ = [
     "FOLLOW",
     "OBSERVE",
     "QUANTIZE",
+    "QUANTIZERS",
+    "QUANTIZER_ALIASES",
     "TRACK",
     "FakeQuantize",
     "LearnedRounding",
@@ -32,7 +35,9 @@ __all__ = [
     "WeightFakeQuantize",
     "fake_quantize",
     "freeze_batch_norm",
+    "make_method",
     "pack_frozen",
+    "resolve_quantizer",
     "set_phase",
     "unpack_frozen",
 ]

@@ -12,9 +12,11 @@ from qat import native, numerics
 from qat.encoding import Encoding
 from qat.errors import DataError, SchemeError, StateError
 from qat.observers import make_observer
-from qat.quantizers.base import Phase, Quantizer, tensor_range
+from qat.quantizers.base import Phase, Quantizer
+from qat.quantizers.extrema import tensor_range
+from qat.quantizers.processes import is_distributed
 from qat.quantizers.static import fake_quantize, is_for_native
-from qat.scheme import Scheme
+from qat.scheme import QuantizerSpec, Scheme
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,6 +33,10 @@ class FakeQuantize(Quantizer):
     average equals that of one process on the same data; every process must then run the forward pass in
     training mode.
 
+    With a learned quantizer, *tracking* means that the parameters make the grid, in training and evaluation. With the
+    option `drop` (Wei et al., "QDrop", ICLR 2022), in training mode each element of the result is the float value with
+    that probability, drawn from torch's global generator.
+
     Besides the buffers of `Quantizer` there are `samples`, the calibrated samples, and `tracked`, the samples
     (on this process) of the moving average, both int64 scalars.
 
@@ -39,7 +45,7 @@ class FakeQuantize(Quantizer):
         name: Name of the tensor, for messages.
         channels: Number of channels along the axis of a per-channel scheme.
         fixed: Range `(low, high)` that the tensor has by its nature, such as (0, 1) after a softmax: it is
-            never observed or tracked.
+            never observed, tracked or learned.
         momentum: Weight of a batch in the moving average.
         tied: It serves several places.
 
@@ -72,7 +78,10 @@ class FakeQuantize(Quantizer):
         if not 0.0 < momentum <= 1.0:
             raise SchemeError(f"momentum {momentum} for {name!r} is outside (0, 1]", "choose a small positive one")
         count = channels if kind == "per_channel" and channels is not None else 1
-        super().__init__(scheme, name, count)
+        if fixed is not None:
+            drop = {key: value for key, value in scheme.quantizer.options.items() if key == "drop"}
+            scheme = scheme.with_(quantizer=QuantizerSpec("static", drop))
+        super().__init__(scheme, name, count, "activation")
         self.momentum = momentum
         self.fixed = fixed
         self.tied = tied
@@ -108,18 +117,39 @@ class FakeQuantize(Quantizer):
                 if statistics is not None:
                     return self._observe_and_quantize(x, statistics)
                 self.observer.observe(x.detach())
-            if self.tracking and self.training and (last or not constant):
+            if self.tracks and (last or not constant):
                 if self._tracks_natively(x):
                     state = (self.min_val, self.max_val, self.scale, self.zero_point, self.tracked)
                     return native.fake_quantize_track(x, state, self.momentum, self.rule)
                 self._track(x.detach(), constant, last)
         if not self.quantizing:
-            return x
-        if not self.ready and not (self.tracking and self.training):
+            return self._anchored(x)
+        if not self.ready and not self.tracks:
             raise self._no_range()
         if not x.is_floating_point():
             raise DataError(f"{self.name!r} is a tensor of {x.dtype}", "quantize only floating-point tensors")
-        return fake_quantize(x, self.scale, self.zero_point, self.rule.qmin, self.rule.qmax, self.scheme.granularity)
+        if self.learning:
+            y = self.method.fake_quantize(x, self.learned_parameters(), self.start)
+        else:
+            y = fake_quantize(x, self.scale, self.zero_point, self.rule.qmin, self.rule.qmax, self.scheme.granularity)
+        if self.drops and not constant:
+            y = torch.where(torch.empty_like(x, dtype=torch.bool).bernoulli_(self.method.drop), x, y)
+        return self._anchored(y)
+
+    @property
+    def tracks(self) -> bool:
+        """Whether the next batch moves the range."""
+        return self.tracking and self.training and self.fixed is None and self.method.follows
+
+    @property
+    def drops(self) -> bool:
+        """Whether some elements keep their float value."""
+        return self.training and self.method.drop > 0.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether what is quantized is so on the grid of the buffers, and nothing else is done to it."""
+        return not self.learning and not self.drops and not self.is_anchored
 
     def _tracks_natively(self, x: Tensor) -> bool:
         """Tell whether one native operator takes the range, moves the grid and fake-quantizes."""
@@ -127,12 +157,13 @@ class FakeQuantize(Quantizer):
 
     def _observes_natively(self, x: Tensor) -> bool:
         """Tell whether one native operator fake-quantizes on the grid as it is, and fills an observer's buffers."""
-        return self._has_native_pass(x) and self.ready and not (self.tracking and self.training)
+        return self._has_native_pass(x) and self.ready and not self.tracks
 
     def _has_native_pass(self, x: Tensor) -> bool:
         """Tell whether native operators that also look at `x` can fake-quantize it; what is wrong is left to others."""
         return (
             self.quantizing
+            and self.is_plain
             and x.numel() > 0
             and is_for_native(x, self.scheme.granularity)
             and self.scale.numel() == (1 if self.rule.axis is None else x.shape[self.rule.axis])
@@ -221,13 +252,15 @@ class FakeQuantize(Quantizer):
         self._set_range(low, high, "ptq", method)
 
     def encoding(self) -> Encoding:
-        """Return the encoding: `qat` once tracked in training, else as calibrated, fixed or loaded.
+        """Return the encoding: `qat` once tracked or learned in training, else as calibrated, fixed or loaded.
 
         Raises:
             StateError: There is no range yet; the tensor is named.
         """
         tracked = int(self.tracked)
         samples = int(self.samples) + tracked
+        if self.learning:
+            return self._learned_encoding(samples)
         if tracked and self._has_tracked_range():
             return self._buffers_encoding("qat", "moving_average", samples, has_range=True)
         if self._provenance is None:
@@ -243,14 +276,6 @@ class FakeQuantize(Quantizer):
         super().load_encoding(encoding)
         self.samples.fill_(encoding.samples)
         self.tracked.zero_()
-
-    def _no_range(self) -> StateError:
-        return StateError(f"{self.name!r} has no range yet", "calibrate the model first")
-
-
-def is_distributed() -> bool:
-    """Tell whether this process is one of several."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _range_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from qat import native, numerics
 from qat.encoding import Encoding, Provenance, warn_of_floor
-from qat.errors import CheckpointError, EncodingError, SchemeError
+from qat.errors import CheckpointError, EncodingError, SchemeError, StateError
 from qat.observers import resolve_observer
+from qat.quantizers.method import Role, Start
+from qat.quantizers.packing import pack_state, unpack_state
+from qat.quantizers.processes import is_distributed, with_zero_gradients
+from qat.quantizers.registry import make_method, resolve_quantizer
 from qat.scheme import Granularity, Scheme
 
 _WIDEST = 16
-_FLOAT_BUFFERS = ("scale", "min_val", "max_val")
 
 
 @dataclass(frozen=True)
@@ -28,63 +29,13 @@ class Phase:
     Attributes:
         observing: Feed values to the observer (calibration).
         quantizing: Fake-quantize.
-        tracking: In training mode, let the range follow a moving average of the batches' ranges.
+        tracking: Let the range move: in training mode by a moving average of the batches' ranges, or by what the
+            quantizer has learned.
     """
 
     observing: bool = False
     quantizing: bool = False
     tracking: bool = False
-
-
-def pack_state(state: Mapping[str, Any]) -> Tensor:
-    """Return a JSON-able mapping as a uint8 tensor, shape (bytes,).
-
-    Extra state in this form passes `torch.load(weights_only=True)` and safetensors alike.
-    """
-    return torch.tensor(list(json.dumps(dict(state), sort_keys=True).encode()), dtype=torch.uint8)
-
-
-def unpack_state(packed: object, name: str) -> dict[str, Any]:
-    """Read what `pack_state` wrote.
-
-    Raises:
-        CheckpointError: It is not such a tensor; `name` is named.
-    """
-    try:
-        if not isinstance(packed, Tensor) or packed.dtype != torch.uint8 or packed.dim() != 1:
-            raise ValueError("not a vector of uint8")
-        state = json.loads(bytes(packed.tolist()))
-        if not isinstance(state, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
-        raise CheckpointError(
-            f"the extra state of {name!r} is malformed ({error})",
-            "load a checkpoint that this version of qat wrote",
-        ) from None
-    return state
-
-
-def tensor_range(x: Tensor, granularity: Granularity) -> tuple[Tensor, Tensor]:
-    """Return smallest and largest values, float32: scalars, (C,) per-channel, one a group (flat, row-major).
-
-    A last group that is shorter than the others is filled up with zeros, which no range may exclude anyway. A
-    nan makes its bounds nan. The tensor must not be empty.
-    """
-    if granularity.kind == "per_tensor":
-        low, high = torch.aminmax(x)
-        return low.to(torch.float32), high.to(torch.float32)
-    axis = granularity.axis % x.dim()
-    if granularity.kind == "per_channel":
-        rows = x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x.unsqueeze(1)
-        return rows.amin(1).to(torch.float32), rows.amax(1).to(torch.float32)
-    size = granularity.size or 1
-    missing = -x.shape[axis] % size
-    rows = x.movedim(axis, -1)
-    if missing:
-        rows = F.pad(rows, (0, missing))
-    groups = rows.reshape(*rows.shape[:-1], -1, size)
-    low, high = (values.movedim(-1, axis).flatten() for values in (groups.amin(-1), groups.amax(-1)))
-    return low.to(torch.float32), high.to(torch.float32)
 
 
 class Quantizer(nn.Module):
@@ -94,17 +45,26 @@ class Quantizer(nn.Module):
     `zero_point` int32, and the range they came from, `min_val` and `max_val` float32, which is empty (min
     above max) where nothing is known. They stay float32 when a model is cast to half precision.
 
+    A learned quantizer (`method`) has parameters besides, float32, in the shape of the scale. They start from the
+    grid in the buffers whenever that is calibrated or loaded, and while *tracking* the grid is theirs (`grid`). Where
+    tracking ends the buffers take that grid over: the quantizer then is a static one, and the parameters get no
+    gradient, so optimizers leave them alone. Where it starts again they go on from the buffers. `requires_grad`
+    never changes. Where several processes train, parameters that are not in use get a gradient of zero, since
+    DistributedDataParallel waits for all of them; what momentum makes of that is undone when tracking starts again.
+
     The phases `observing`, `quantizing` and `tracking` are plain booleans: they cost no device
     synchronisation, and `torch.compile` one recompilation when they change. With the provenance of the range
     they are saved as extra state.
 
     Args:
-        scheme: How the tensor is quantized; its quantizer must be `static`, its codes of at most 16 bits.
+        scheme: How the tensor is quantized, to codes of at most 16 bits.
         name: Name of the tensor, for messages.
         count: Number of scales.
+        role: Whether it is an activation or a weight.
 
     Raises:
-        SchemeError: The scheme asks for another quantizer or for wider codes; the tensor is named.
+        SchemeError: The scheme asks for a quantizer that is not there or not for this tensor, for options that it has
+            not, or for wider codes; the tensor is named.
     """
 
     scale: Tensor
@@ -112,14 +72,22 @@ class Quantizer(nn.Module):
     min_val: Tensor
     max_val: Tensor
 
-    def __init__(self, scheme: Scheme, name: str, count: int) -> None:
+    def __init__(self, scheme: Scheme, name: str, count: int, role: Role) -> None:
         super().__init__()
-        if scheme.quantizer != "static":
-            raise SchemeError(f"unknown quantizer {scheme.quantizer!r} for {name!r}", "choose static")
         if scheme.int_type.bits > _WIDEST:
             raise SchemeError(f"{name!r} cannot be fake-quantized to {scheme.dtype}", "use 16 bits or fewer")
+        try:
+            quantizer = resolve_quantizer(scheme.quantizer, role)
+            #: how the grid comes about
+            self.method = make_method(scheme, role)
+        except SchemeError as error:
+            raise SchemeError(f"{name!r}: {error}") from None
         # another system's name of an observer would hide what it is from whoever asks
-        self.scheme = scheme.with_(observer=resolve_observer(scheme.observer))
+        self.scheme = scheme = scheme.with_(
+            observer=resolve_observer(scheme.observer),
+            quantizer=quantizer,
+            power_of_two=scheme.power_of_two or self.method.power_of_two,
+        )
         self.name = name
         #: how a range becomes the grid, for the native extension
         self.rule = native.GridRule(
@@ -144,6 +112,8 @@ class Quantizer(nn.Module):
         self.register_buffer("zero_point", torch.full(shape, zero, dtype=torch.int32))
         self.register_buffer("min_val", torch.full(shape, torch.inf))
         self.register_buffer("max_val", torch.full(shape, -torch.inf))
+        for parameter in self.method.names:
+            self.register_parameter(parameter, nn.Parameter(torch.ones(shape)))
 
     @property
     def qmin(self) -> int:
@@ -161,8 +131,98 @@ class Quantizer(nn.Module):
         return Phase(self.observing, self.quantizing, self.tracking)
 
     def set_phase(self, phase: Phase) -> None:
-        """Enter a phase."""
+        """Enter a phase; where tracking starts or ends, the learned grid is taken over (reads the device)."""
+        if self.method.names and self.ready and phase.tracking != self.tracking:
+            if self.tracking:
+                self._keep_learned()
+            elif not self._is_nearly_kept():
+                self._start_learning()
+        self._enter(phase)
+
+    def _enter(self, phase: Phase) -> None:
         self.observing, self.quantizing, self.tracking = phase.observing, phase.quantizing, phase.tracking
+
+    # -- learned grids
+
+    def learned_parameters(self) -> tuple[Tensor, ...]:
+        """Return the parameters of the method, in its order; none for a static quantizer."""
+        return tuple(self._parameters[name] for name in self.method.names)  # type: ignore[misc]
+
+    @property
+    def learning(self) -> bool:
+        """Whether the grid is that of learned parameters."""
+        return self.tracking and bool(self.method.names)
+
+    @property
+    def start(self) -> Start:
+        """What the buffers hold: where learning starts from."""
+        return Start(self.scale, self.zero_point, self.min_val, self.max_val)
+
+    @torch.no_grad()
+    def grid(self) -> tuple[Tensor, Tensor]:
+        """Return scale (float32) and zero point (int32) as the forward pass uses them, in the shape of the buffers.
+
+        Raises:
+            StateError: There is no range yet; the tensor is named.
+        """
+        if not self.ready:
+            raise self._no_range()
+        return self._learned_grid() if self.learning else (self.scale, self.zero_point)
+
+    @torch.no_grad()
+    def _learned_grid(self) -> tuple[Tensor, Tensor]:
+        scale, zero_point = self.method.grid(self.learned_parameters(), self.start)
+        return scale, torch.round(zero_point).clamp(self.qmin, self.qmax).to(torch.int32)
+
+    def _is_kept(self, grid: tuple[Tensor, Tensor]) -> bool:
+        """Tell whether the buffers hold this grid."""
+        return torch.equal(grid[0], self.scale) and torch.equal(grid[1], self.zero_point)
+
+    def _is_nearly_kept(self) -> bool:
+        """Tell whether the parameters still make the grid of the buffers, but for the rounding of float32."""
+        scale, zero_point = self._learned_grid()
+        return torch.allclose(scale, self.scale, rtol=1e-6, atol=0.0) and torch.equal(zero_point, self.zero_point)
+
+    @torch.no_grad()
+    def _keep_learned(self) -> None:
+        """Let the buffers hold the learned grid."""
+        grid = self._learned_grid()
+        if self._is_kept(grid):
+            return
+        low, high = numerics.representable_range(*grid, self.qmin, self.qmax)
+        for buffer, value in zip(self.start, (*grid, low, high), strict=True):
+            buffer.copy_(value)
+        self._note("qat", self.method.name, has_range=False)
+
+    @torch.no_grad()
+    def _start_learning(self) -> None:
+        """Let the parameters make the grid that the buffers hold."""
+        for parameter, value in zip(self.learned_parameters(), self.method.values(self.start), strict=True):
+            parameter.copy_(value)
+
+    def _anchored(self, y: Tensor) -> Tensor:
+        """Return `y` such that parameters that are not in use get a gradient of zero, where processes wait for one."""
+        if not self.is_anchored or not torch.is_grad_enabled():
+            return y
+        return with_zero_gradients(y, self.learned_parameters())
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether the forward pass adds parameters to the graph that it does not use."""
+        unused = not self.quantizing or not self.learning
+        return bool(self.method.names) and self.training and unused and is_distributed()
+
+    def _learned_encoding(self, samples: int) -> Encoding:
+        """Return the encoding of the learned grid; where that has not moved, of the buffers."""
+        grid = self.grid()
+        if self._is_kept(grid):
+            return self._buffers_encoding(self._provenance or "ptq", self._method, samples, self._has_range)
+        return self._encoding_of(grid, None, "qat", self.method.name, samples)
+
+    def _no_range(self) -> StateError:
+        return StateError(f"{self.name!r} has no range yet", "calibrate the model first")
+
+    # -- where the grid comes from
 
     def _note(self, provenance: Provenance | None, method: str, *, has_range: bool, loaded: bool = False) -> None:
         """Record where the grid comes from."""
@@ -186,13 +246,14 @@ class Quantizer(nn.Module):
         ):  # fmt: skip
             buffer.copy_(value.reshape(buffer.shape))
         self._note(provenance, method, has_range=True)
+        self._start_learning()
 
     def load_encoding(self, encoding: Encoding) -> None:
         """Take the grid, range and provenance of an encoding.
 
         Raises:
             EncodingError: Its dtype, integer range, granularity, symmetry or number of scales is not this
-                tensor's.
+                tensor's, or its scale is not one that the quantizer can learn from.
         """
         mend = "change the scheme of this tensor, or the encoding"
         mine, theirs = (
@@ -218,27 +279,40 @@ class Quantizer(nn.Module):
             low, high = numerics.representable_range(
                 encoding.scale_tensor, encoding.zero_point_tensor, encoding.qmin, encoding.qmax
             )
-        self.scale.copy_(encoding.scale_tensor)
-        self.zero_point.copy_(encoding.zero_point_tensor)
-        self.min_val.copy_(low.reshape(self.min_val.shape))
-        self.max_val.copy_(high.reshape(self.max_val.shape))
+        given = Start(encoding.scale_tensor, encoding.zero_point_tensor, low, high)
+        refused = self.method.refusal(given)
+        if refused is not None:
+            raise EncodingError(f"the encoding of {self.name!r} is not for {self.method.name}: {refused}", mend)
+        for buffer, value in zip(self.start, given, strict=True):
+            buffer.copy_(value.reshape(buffer.shape))
         self._note(encoding.provenance, encoding.method, has_range=has_range, loaded=True)
+        self._start_learning()
 
     def _buffers_encoding(self, provenance: Provenance, method: str, samples: int, has_range: bool) -> Encoding:
         """Return the encoding of what the buffers hold."""
-        scale, zero, low, high = (
-            tuple(b.detach().reshape(-1).tolist()) for b in (self.scale, self.zero_point, self.min_val, self.max_val)
-        )
+        observed = (self.min_val, self.max_val) if has_range else None
+        return self._encoding_of((self.scale, self.zero_point), observed, provenance, method, samples)
+
+    def _encoding_of(
+        self,
+        grid: tuple[Tensor, Tensor],
+        observed: tuple[Tensor, Tensor] | None,
+        provenance: Provenance,
+        method: str,
+        samples: int,
+    ) -> Encoding:
+        scale, zero_point = (tuple(value.detach().reshape(-1).tolist()) for value in grid)
+        low, high = (tuple(bound.reshape(-1).tolist()) for bound in observed) if observed else (None, None)
         return Encoding(
             dtype=self.scheme.dtype,
             scale=scale,
-            zero_point=zero,
+            zero_point=zero_point,
             qmin=self.qmin,
             qmax=self.qmax,
             symmetric=self.scheme.symmetric,
             granularity=self.scheme.granularity,
-            min=low if has_range else None,
-            max=high if has_range else None,
+            min=low,
+            max=high,
             provenance=provenance,
             method=method,
             samples=samples,
@@ -249,12 +323,11 @@ class Quantizer(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Quantizer:
         # `model.half()` must not round scales: an activation's codes would no longer be those of the export
-        exact = {name: self._buffers[name] for name in _FLOAT_BUFFERS}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, before in exact.items():
-            now = self._buffers[name]
-            if before is not None and now is not None and now.dtype != before.dtype:
-                self._buffers[name] = before.to(now.device)
+        def exactly(value: Tensor) -> Tensor:
+            moved: Tensor = fn(value)
+            return moved if moved.dtype == value.dtype else value.to(moved.device)
+
+        super()._apply(exactly, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def get_extra_state(self) -> Tensor:
@@ -278,7 +351,8 @@ class Quantizer(nn.Module):
                 granularity.
         """
         values = self.read_extra_state(state)
-        self.set_phase(Phase(*values["phase"]))
+        # parameters and buffers are those of the state already
+        self._enter(Phase(*values["phase"]))
         self._note(values["provenance"], values["method"], has_range=values["has_range"], loaded=values["loaded"])
 
     def read_extra_state(self, state: object) -> dict[str, Any]:

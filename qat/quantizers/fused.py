@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from qat import native
-from qat.quantizers.activation import FakeQuantize, is_distributed
+from qat.quantizers.activation import FakeQuantize
+from qat.quantizers.processes import is_distributed
 
 #: An activation: a module, the name of a function, or none.
 Activation = nn.Module | str | None
@@ -134,11 +135,12 @@ def _is_simple(quantizer: FakeQuantize, device: torch.device) -> bool:
     """Tell whether a quantizer does nothing but track and quantize one tensor, on one grid, on this device."""
     return (
         quantizer.quantizing
+        and quantizer.is_plain
         and not quantizer.observing
         and not quantizer.tied
         and quantizer.scheme.granularity.kind == "per_tensor"
-        and (quantizer.ready or _tracks(quantizer))
-        and not (_tracks(quantizer) and is_distributed())
+        and (quantizer.ready or quantizer.tracks)
+        and not (quantizer.tracks and is_distributed())
         and quantizer.scale.device == device
         and not _is_hooked(quantizer)
     )
@@ -149,7 +151,7 @@ def _is_observed(quantizer: FakeQuantize) -> bool:
     return (
         quantizer.observing
         and not quantizer.quantizing
-        and not (quantizer.tracking and quantizer.training)
+        and not quantizer.tracks
         and quantizer.fixed is None
         and quantizer.scheme.granularity.kind == "per_tensor"
         and quantizer.scale.device.type == "cpu"
@@ -173,11 +175,7 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _tracks(quantizer: FakeQuantize) -> bool:
-    return quantizer.tracking and quantizer.training and quantizer.fixed is None
-
-
 def _grid(quantizer: FakeQuantize) -> native.Grid:
     q = quantizer
     state = (q.min_val, q.max_val, q.scale, q.zero_point, q.tracked)
-    return native.Grid(state, q.rule, _tracks(q), q.momentum)
+    return native.Grid(state, q.rule, q.tracks, q.momentum)

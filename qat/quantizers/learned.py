@@ -44,7 +44,7 @@ def fake_quantize_learned(
         qmin: Smallest code.
         qmax: Largest code.
         granularity: Per-tensor or per-channel.
-        grad_scale: Balances the gradients of the grid with those of weights; LSQ's is `1 / sqrt(x.numel() * qmax)`.
+        grad_scale: Balances the gradients of the grid with those of weights (see `qat.quantizers.lsq`).
 
     Raises:
         EncodingError: The number of scales does not fit `x`.

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.errors import CheckpointError, StateError
-from qat.quantizers.base import Phase, Quantizer, pack_state, unpack_state
+from qat.quantizers.base import Phase, Quantizer
+from qat.quantizers.packing import pack_state, unpack_state
 
 #: no quantizer does anything
 FLOAT = Phase()
@@ -18,7 +19,7 @@ OBSERVE = Phase(observing=True)
 QUANTIZE = Phase(quantizing=True)
 #: values stay float, ranges follow the activations in training mode
 FOLLOW = Phase(tracking=True)
-#: fake quantization with ranges that follow the activations in training mode
+#: fake quantization with ranges that follow the activations in training mode, or are learned
 TRACK = Phase(quantizing=True, tracking=True)
 
 

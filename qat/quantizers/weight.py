@@ -13,7 +13,8 @@ from qat import native, numerics
 from qat.encoding import Encoding
 from qat.errors import DataError, EncodingError, SchemeError, StateError
 from qat.observers import weight_range
-from qat.quantizers.base import Quantizer, tensor_range
+from qat.quantizers.base import Quantizer
+from qat.quantizers.extrema import rows_of, tensor_range
 from qat.quantizers.rounding import LearnedRounding
 from qat.quantizers.static import fake_quantize, is_for_native
 from qat.scheme import Scheme
@@ -28,8 +29,11 @@ class WeightFakeQuantize(Quantizer):
 
     *The grid.* With the `minmax` observer the scale follows the weight: it is recomputed in every forward
     pass, and the buffers only hold that of the last `refresh`. With any other observer, and after
-    `load_encoding` or `set_codes`, the grid is that of the buffers until the next `refresh`. `observing`
-    and `tracking` mean nothing to a weight.
+    `load_encoding` or `set_codes`, the grid is that of the buffers until the next `refresh`. A learned quantizer's
+    grid is that of its parameters while *tracking*, else that of the buffers. `observing` means nothing to a weight.
+
+    *The weight.* A quantizer may transform it first (`dorefa`); what is said of the weight below is then said of the
+    transformed one.
 
     *Batch norm.* With `bn`, the weight that is quantized is `w * f`, `f = gamma / sqrt(running_var + eps)`
     for every output channel, and the module gets `fake_quantize(w * f) / f`: its output, normalized with the
@@ -65,7 +69,7 @@ class WeightFakeQuantize(Quantizer):
         groups: int = 1,
     ) -> None:
         self._check(scheme, name, shape, bn, channel_axis, groups)
-        super().__init__(scheme, name, _scale_count(scheme, shape))
+        super().__init__(scheme, name, _scale_count(scheme, shape), "weight")
         self.shape = tuple(shape)
         self.channel_axis = channel_axis
         self.groups = groups
@@ -112,7 +116,7 @@ class WeightFakeQuantize(Quantizer):
     @property
     def follows(self) -> bool:
         """Whether the scale is recomputed from the weight in every forward pass."""
-        return self.scheme.observer.name == "minmax" and not self._loaded
+        return self.scheme.observer.name == "minmax" and not self._loaded and not self.method.names
 
     def factor(self) -> Tensor | None:
         """Return `gamma / sqrt(running_var + eps)`, float32 (output channels,); None without a batch norm."""
@@ -144,12 +148,16 @@ class WeightFakeQuantize(Quantizer):
         if self.follows:
             low, high = tensor_range(folded, self.scheme.granularity)
             return numerics.range_to_scale_unchecked(low, high, self.scheme)
-        if not self.ready:
-            raise StateError(
-                f"{self.name!r} has no range yet",
-                "call refresh with the weight, or calibrate the model first",
-            )
-        return self.scale, self.zero_point
+        return self.grid()
+
+    def _no_range(self) -> StateError:
+        return StateError(
+            f"{self.name!r} has no range yet", "call refresh with the weight, or calibrate the model first"
+        )
+
+    def _folded(self, weight: Tensor) -> Tensor:
+        """Return the weight that is quantized, float32, without gradient."""
+        return _fold(self.method.transform(weight.detach()), self._spread_factor(weight))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the weight, fake-quantized in the phase *quantizing*, in its shape and dtype.
@@ -158,15 +166,28 @@ class WeightFakeQuantize(Quantizer):
             StateError: Fake quantization with an observer whose range was never set; the weight is named.
         """
         if not self.quantizing:
-            return weight
+            return self._anchored(weight)
         if self._rounding:
             return self._rounding[0].weight().to(weight.dtype)
+        if self.learning:
+            return self._on_learned_grid(weight)
+        return self._anchored(self._on_kept_grid(self.method.transform(weight)).to(weight.dtype))
+
+    def _on_kept_grid(self, weight: Tensor) -> Tensor:
         if self._is_for_native(weight):
             grid = None if self.follows else (self.scale, self.zero_point)
             return native.fake_quantize_weight(weight, self.rule, self._native_factor(), grid)
         factor = self._spread_factor(weight)
         scale, zero_point = self._grid(_fold(weight, factor))
         return fake_quantize(weight, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor=factor)
+
+    def _on_learned_grid(self, weight: Tensor) -> Tensor:
+        if not self.ready:
+            raise self._no_range()
+        factor = self._spread_factor(weight)
+        folded = weight if factor is None else weight.to(torch.float32) * factor
+        out = self.method.fake_quantize(folded, self.learned_parameters(), self.start)
+        return out if factor is None else (out / factor).to(weight.dtype)
 
     def _is_for_native(self, weight: Tensor) -> bool:
         """Tell whether the native extension has this case; what is wrong is left to the other path."""
@@ -202,7 +223,7 @@ class WeightFakeQuantize(Quantizer):
             StateError: An observer's range was never set; the weight is named.
         """
         factor = self._spread_factor(weight)
-        folded = _fold(weight, factor)
+        folded = self._folded(weight)
         scale, zero_point = (numerics.expand_to(v, folded, self.scheme.granularity) for v in self._grid(folded))
         step = scale if factor is None else scale / factor
         zero_point = zero_point.to(torch.float32)
@@ -234,6 +255,11 @@ class WeightFakeQuantize(Quantizer):
                 f"of shape {tuple(weight.shape)}",
                 f"give one in [{self.qmin}, {self.qmax}] for each weight",
             )
+        if self.method.transforms:
+            raise EncodingError(
+                f"{self.name!r} cannot be given codes, since {self.method.name} transforms it",
+                "choose another quantizer for this weight",
+            )
         factor = self._spread_factor(weight)
         folded = _fold(weight, factor)
         grid = self._grid(folded)
@@ -251,12 +277,13 @@ class WeightFakeQuantize(Quantizer):
             buffer.copy_(value.reshape(buffer.shape))
         weight.copy_(written)
         self._note("ptq", method, has_range=self.follows or self._has_range, loaded=True)
+        self._start_learning()
 
     def _is_rounded(self, weight: Tensor) -> bool:
         """Tell whether the weight has the values of codes on the grid that the buffers keep."""
         if not self._loaded:
             return False
-        folded = _fold(weight, self._spread_factor(weight))
+        folded = self._folded(weight)
         codes = numerics.quantize(folded, self.scale, self.zero_point, self.qmin, self.qmax, self.scheme.granularity)
         values = numerics.dequantize(codes, self.scale, self.zero_point, self.scheme.granularity)
         # the factor was divided out and multiplied in again
@@ -279,8 +306,40 @@ class WeightFakeQuantize(Quantizer):
         """
         if self._is_rounded(weight):
             return
-        low, high = weight_range(_fold(weight, self._spread_factor(weight)), self.scheme, self.name)
-        self._set_range(low, high, "ptq", self.scheme.observer.name)
+        folded = self._folded(weight)
+        low, high = weight_range(folded, self.scheme, self.name)
+        method = self.scheme.observer.name
+        if self.scheme.granularity.kind != "per_group":
+            magnitude = self.method.initial_magnitude(rows_of(folded, self.scheme.granularity))
+            if magnitude is not None:
+                low, high, method = -magnitude, magnitude, f"{self.method.name}, {self.method.options['init']}"
+        self._set_range(low, high, "ptq", method)
+
+    @torch.no_grad()
+    def follow_batch_norm(self, weight: Tensor, before: Tensor | None) -> None:
+        """Set the buffers after the batch norm's statistics have changed: where that can be, so that the codes stay.
+
+        A grid by output channel is scaled like the folded weight. Others are set anew by `refresh`, but for learned
+        ones, which stay.
+
+        Args:
+            weight: The float weight.
+            before: What `factor` returned before.
+
+        Raises:
+            DataError: As `refresh`.
+        """
+        after, granularity = self.factor(), self.scheme.granularity
+        by_channel = granularity.kind == "per_channel" and granularity.axis % weight.dim() == self.channel_axis
+        scales = by_channel and self.groups == 1 and self.ready and not self.follows and not self.scheme.power_of_two
+        if scales and after is not None and before is not None:
+            if self.learning:
+                self._keep_learned()
+            for buffer in (self.scale, self.min_val, self.max_val):
+                buffer.mul_((after / before).abs())
+            self._start_learning()
+        elif not self.method.names:
+            self.refresh(weight)
 
     @torch.no_grad()
     def codes(self, weight: Tensor) -> tuple[Tensor, Encoding]:
@@ -298,11 +357,13 @@ class WeightFakeQuantize(Quantizer):
             DataError: The weight, or its product with the factor, is not finite; it is named.
             StateError: An observer's range was never set; the weight is named.
         """
-        folded = _fold(weight, self._spread_factor(weight))
+        folded = self._folded(weight)
         if not bool(torch.isfinite(folded).all()):
             raise DataError(f"{self.name!r} holds nan or inf", "check the weights and the batch norm's statistics")
         scale, zero_point = self._grid(folded)
         q = numerics.quantize(folded, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity)
+        if self.learning:
+            return q, self._learned_encoding(0)
         if not self.follows:
             return q, self._buffers_encoding(self._provenance or "ptq", self._method, 0, self._has_range)
         moved = self.ready and not (

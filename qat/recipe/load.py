@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from qat.errors import QatError, RecipeError
 from qat.observers import check_observer
+from qat.quantizers.registry import make_method
 from qat.recipe.overrides import apply_overrides
 from qat.recipe.rules import broken_rules
 from qat.recipe.schema import Recipe
@@ -57,11 +58,12 @@ def recipe_problems(data: object) -> list[str]:
     try:
         target = load_target(*recipe.target)
         schemes = make_schemes(recipe.scheme_data(), target.activations, target.weights)
-        for scheme in (schemes.activations, schemes.weights):
+        for scheme in (schemes.activations, *(schemes.activation(rule.pattern) for rule in schemes.layers)):
             check_observer(scheme.observer)
-        for rule in schemes.layers:
-            for scheme in (schemes.activation(rule.pattern), schemes.weight(rule.pattern)):
-                check_observer(scheme.observer)
+            make_method(scheme, "activation")
+        for scheme in (schemes.weights, *(schemes.weight(rule.pattern) for rule in schemes.layers)):
+            check_observer(scheme.observer)
+            make_method(scheme, "weight")
     except QatError as error:
         problems.append(str(error))
     return problems

@@ -105,6 +105,13 @@ class ObserverPart(BaseModel):
     name: str
 
 
+class QuantizerPart(BaseModel):
+    """A fake quantizer by name; every further key is one of its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    name: str
+
+
 class TensorPart(Part):
     """Changes to a target's default scheme."""
 
@@ -113,7 +120,7 @@ class TensorPart(Part):
     granularity: Literal["per_tensor", "per_channel", "per_group"] | None = None
     group_size: Positive | None = None
     observer: Annotated[ObserverPart | None, _NAME_SHORT[0], _NAME_SHORT[1]] = None
-    quantizer: str | None = None
+    quantizer: Annotated[QuantizerPart | None, _NAME_SHORT[0], _NAME_SHORT[1]] = None
     qmin: int | None = None
     qmax: int | None = None
     power_of_two: bool | None = None

@@ -362,7 +362,12 @@ def test_a_kind_that_the_target_lacks_stays_float() -> None:
     [
         ({"activations": {"granularity": "per_channel"}}, "quantized per_channel; write per_tensor"),
         ({"activations": {"observer": "minimax"}}, "unknown observer 'minimax'; did you mean 'minmax'"),
-        ({"weights": {"quantizer": "lsq"}}, "unknown quantizer 'lsq' for '0.weight'"),
+        ({"weights": {"quantizer": "lsd"}}, "'0.weight': unknown quantizer 'lsd'; did you mean 'lsq'"),
+        (
+            {"weights": {"quantizer": "pact"}},
+            "'0.weight': quantizer pact is not for a weight; choose one of static, lsq",
+        ),
+        ({"activations": {"quantizer": {"name": "lsq", "dorp": 0.5}}}, "no option 'dorp'; did you mean 'drop'"),
         ({"weights": {"observer": {"name": "percentile", "percentage": 3}}}, "no option 'percentage'"),
     ],
 )

@@ -16,7 +16,7 @@ from torch import nn
 from qat.encoding import Encoding
 from qat.errors import CheckpointError, DataError, EncodingError, SchemeError, StateError
 from qat.quantizers import FLOAT, OBSERVE, QUANTIZE, TRACK, FakeQuantize, Phase, set_phase
-from qat.scheme import Granularity, ObserverSpec, Scheme
+from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme
 
 UINT8 = Scheme("uint8")
 CHANNELS = Scheme("int8", symmetric=True, granularity=Granularity("per_channel", 1))
@@ -260,8 +260,8 @@ def test_bad_arguments() -> None:
         FakeQuantize(CHANNELS, "x")
     with pytest.raises(SchemeError, match=r"'x'.*int32"):
         FakeQuantize(Scheme("int32"), "x")
-    with pytest.raises(SchemeError, match=r"'lsq'.*'x'"):
-        FakeQuantize(Scheme(quantizer="lsq"), "x")
+    with pytest.raises(SchemeError, match=r"'x': unknown quantizer 'lsd'; did you mean 'lsq'"):
+        FakeQuantize(Scheme(quantizer=QuantizerSpec("lsd")), "x")
     with pytest.raises(SchemeError, match="momentum"):
         FakeQuantize(UINT8, "x", momentum=0.0)
     with pytest.raises(SchemeError):

@@ -16,7 +16,7 @@ from qat.encoding import Encoding
 from qat.errors import DataError, SchemeError, StateError
 from qat.quantizers import FLOAT, QUANTIZE, WeightFakeQuantize, set_phase
 from qat.quantizers.weight import GAMMA_FLOOR
-from qat.scheme import Granularity, ObserverSpec, Scheme
+from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme
 
 PER_TENSOR = Scheme("int8", symmetric=True)
 PER_CHANNEL = PER_TENSOR.with_(granularity=Granularity("per_channel", 0))
@@ -294,7 +294,7 @@ def test_bad_weights_are_named() -> None:
         (PER_CHANNEL, (4, 3), None, {"groups": 2}),
         (PER_CHANNEL, (4, 3), None, {"groups": 3, "channel_axis": 1}),
         (PER_CHANNEL, (0, 3), None, {}),
-        (PER_CHANNEL.with_(quantizer="lsq"), (4, 3), None, {}),
+        (PER_CHANNEL.with_(quantizer=QuantizerSpec("pact")), (4, 3), None, {}),
         (Scheme("int32"), (4, 3), None, {}),
     ],
 )

@@ -44,7 +44,8 @@ def test_the_resolved_recipe_is_the_same_recipe() -> None:
     data = small(
         target="arm-cpu",
         scheme={
-            "activations": {"observer": "histogram"},
+            "activations": {"observer": "histogram", "quantizer": {"name": "lsq", "drop": 0.5}},
+            "weights": {"quantizer": "lsq"},
             "layers": {"stem.*": "float", "classifier": {"weights": {"dtype": "int4"}}},
         },
         stages=["calibrate", {"train": {"epochs": 1, "distill": {"weight": 0.3}}}, {"calibrate": None}],
@@ -55,8 +56,8 @@ def test_the_resolved_recipe_is_the_same_recipe() -> None:
     assert again.to_data() == recipe.to_data()
     assert dump_yaml(again.to_data()) == text
     assert recipe.scheme_data() == {
-        "activations": {"observer": {"name": "histogram"}},
-        "weights": {},
+        "activations": {"observer": {"name": "histogram"}, "quantizer": {"name": "lsq", "drop": 0.5}},
+        "weights": {"quantizer": {"name": "lsq"}},
         "layers": {"stem.*": "float", "classifier": {"weights": {"dtype": "int4"}}},
     }
     assert [stage.kind for stage in recipe.stages] == ["calibrate", "train", "calibrate"]
@@ -101,6 +102,17 @@ def test_the_resolved_recipe_is_the_same_recipe() -> None:
         (
             {"scheme": {"layers": {"a": {"weights": {"observer": {"name": "percentile", "percentil": 9}}}}}},
             "observer percentile has no option 'percentil'",
+        ),
+        ({"scheme": {"weights": {"quantizer": "lsk"}}}, "unknown quantizer 'lsk'; did you mean 'lsq'?"),
+        ({"scheme": {"weights": {"quantizer": "pact"}}}, "quantizer pact is not for a weight"),
+        ({"scheme": {"weights": {"quantizer": {"drop": 0.5}}}}, "the key scheme.weights.quantizer.name is missing"),
+        (
+            {"scheme": {"layers": {"a": {"activations": {"quantizer": {"name": "lsq", "dorp": 0.5}}}}}},
+            "quantizer lsq of an activation has no option 'dorp'; did you mean 'drop'?",
+        ),
+        (
+            {"scheme": {"activations": {"quantizer": {"name": "lsq", "drop": 2}}}},
+            "option drop of quantizer lsq is 2; give a number in [0, 1]",
         ),
         (
             {"stages": [{"calibrate": {}, "train": {"epochs": 1}}]},
@@ -160,7 +172,7 @@ def test_the_json_schema_accepts_the_short_forms_and_refuses_unknown_keys() -> N
     data = small(
         target="arm-cpu",
         data={"name": "digits", "input": {"size": 8}},
-        scheme={"activations": {"observer": "histogram"}, "layers": {"a": "float"}},
+        scheme={"activations": {"observer": "histogram", "quantizer": "lsq"}, "layers": {"a": "float"}},
         stages=["calibrate", {"train": {"epochs": 1, "optimizer": "adam", "schedule": {"name": "step"}}}],
     )
     jsonschema.validate(data, schema)

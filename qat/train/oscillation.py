@@ -1,0 +1,372 @@
+"""Oscillations of quantized weights: tracking, dampening and iterative freezing.
+
+A weight whose best value lies between two codes is pushed back and forth over their border by the straight-through
+gradient. At few bits that corrupts batch norm statistics and keeps the network from settling.
+
+Source: Nagel et al., "Overcoming Oscillations in Quantization-Aware Training" (ICML 2022).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qat.errors import CheckpointError, StateError
+from qat.graph.prepared import PreparedModel
+from qat.quantizers import WeightFakeQuantize
+from qat.train.hooks import Hook
+
+#: a weight oscillates where its frequency is above this (the paper's bound)
+OSCILLATING = 0.005
+#: by default, weights of fewer bits are tracked
+_BITS = 8
+_STATE = ("codes", "direction", "average", "frequency", "frozen", "held")
+
+
+@dataclass(frozen=True)
+class OscillationSettings:
+    """What is done about oscillations; the defaults are the authors' for MobileNetV2 at 4 bits.
+
+    Attributes:
+        enabled: `auto`: where the model has weights below 8 bits.
+        momentum: Weight of a step in the moving averages of codes and of oscillation.
+        dampen: Weight of the dampening loss; 0 for none. The authors' is 0.1, in place of freezing.
+        dampen_schedule: `cosine`: from 0 to `dampen` over the training; `constant`.
+        freeze: Frequency of oscillation above which a weight is frozen, at the start; None to freeze none.
+        freeze_final: The same at the end, by a cosine; None for a constant threshold.
+    """
+
+    enabled: bool | Literal["auto"] = "auto"
+    momentum: float = 0.01
+    dampen: float = 0.0
+    dampen_schedule: Literal["constant", "cosine"] = "cosine"
+    freeze: float | None = 0.1
+    freeze_final: float | None = 0.01
+
+    def __post_init__(self) -> None:
+        _check(self.enabled in (True, False, "auto"), "enabled", self.enabled, "give true, false or auto")
+        _check(0.0 < self.momentum <= 1.0, "momentum", self.momentum, "give a number in (0, 1]")
+        _check(0.0 <= self.dampen < math.inf, "dampen", self.dampen, "give 0 or a positive number")
+        schedules = ("constant", "cosine")
+        _check(self.dampen_schedule in schedules, "dampen_schedule", self.dampen_schedule, "give constant or cosine")
+        for name, value in (("freeze", self.freeze), ("freeze_final", self.freeze_final)):
+            _check(value is None or 0.0 < value <= 1.0, name, value, "give a frequency in (0, 1], or null")
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether something changes over the training, whose length must then be known."""
+        dampens = self.dampen > 0.0 and self.dampen_schedule == "cosine"
+        return dampens or (self.freeze is not None and self.freeze_final is not None)
+
+
+def _check(ok: bool, name: str, value: object, mend: str) -> None:
+    if not ok:
+        raise StateError(f"oscillation.{name} is {value!r}", mend)
+
+
+class OscillationTracker(Hook):
+    """Follows the codes of weights through training, and lets those that oscillate settle.
+
+    After each step, with c the codes of a weight: it *oscillates* where c changes, against the direction of its change
+    before. The frequency is `f = m o + (1 - m) f`, o being 1 where it does so in this step; the average of the codes is
+    `a = m c + (1 - m) a`.
+
+    *Freezing* (algorithm 1): a weight whose frequency is above the threshold keeps the code round(a) from then on. The
+    float weight is set to that code's value after every step, on the grid as it is then, so the code stays whatever the
+    optimizer, its momentum, the scale and the batch norm do. Where the scale follows the weight itself, weights at the
+    ends of the grid are never frozen, since they make the grid.
+
+    *Dampening*: `loss` is `dampen` times the sum of squared differences between weights and the values of
+    their codes, without those that are clipped. Its gradient goes to the weights only.
+
+    Nothing here waits for a device but `metrics`, `rates` and `state_dict`. In a loop of one's own:
+
+        tracker = qat.OscillationTracker(qmodel, freeze=0.02)
+        ...
+            loss = loss_function(qmodel(x), y)
+            dampening = tracker.loss(qmodel)  # None without `dampen`
+            ...
+            optimizer.step()
+            tracker.step_end(qmodel)
+
+    Args:
+        model: The prepared model.
+        weights: `state_dict` keys of the weights, as in `model.weight_quantizers()`; None for all below 8 bits.
+        total_steps: Number of steps of the training, for what is scheduled.
+        momentum: See `OscillationSettings`; so are the following.
+        dampen: Likewise.
+        dampen_schedule: Likewise.
+        freeze: Likewise.
+        freeze_final: Likewise.
+
+    Raises:
+        StateError: A weight is unknown, or there is none; a setting is out of range; or something is scheduled and
+            `total_steps` is not given.
+    """
+
+    name = "oscillation"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weights: Iterable[str] | None = None,
+        total_steps: int | None = None,
+        momentum: float = 0.01,
+        dampen: float = 0.0,
+        dampen_schedule: Literal["constant", "cosine"] = "constant",
+        freeze: float | None = None,
+        freeze_final: float | None = None,
+    ) -> None:
+        self.settings = OscillationSettings(True, momentum, dampen, dampen_schedule, freeze, freeze_final)
+        if self.settings.is_scheduled and total_steps is None:
+            raise StateError("the schedule of an oscillation tracker has no length", "give total_steps")
+        if total_steps is not None and total_steps < 1:
+            raise StateError(f"total_steps is {total_steps}", "give the number of steps of the training")
+        self.total_steps = total_steps
+        self.weights = _chosen(prepared_model(model), weights)
+        #: number of steps that were seen
+        self.step = 0
+        self._state: dict[str, dict[str, Tensor]] = {}
+
+    @classmethod
+    def for_model(
+        cls, model: nn.Module, settings: OscillationSettings | None = None, *, total_steps: int | None = None
+    ) -> OscillationTracker | None:
+        """Make the tracker that settings ask for; None where they ask for none.
+
+        Args:
+            model: The prepared model; any other has no quantized weights.
+            settings: The settings; None for the defaults.
+            total_steps: As for the class.
+
+        Raises:
+            StateError: As for the class.
+        """
+        settings = settings or OscillationSettings()
+        if settings.enabled is False:
+            return None
+        if settings.enabled == "auto" and not (_is_prepared(model) and _below_8_bits(prepared_model(model))):
+            return None
+        return cls(
+            model, total_steps=total_steps, momentum=settings.momentum, dampen=settings.dampen,
+            dampen_schedule=settings.dampen_schedule, freeze=settings.freeze, freeze_final=settings.freeze_final,
+        )  # fmt: skip
+
+    # -- schedules
+
+    @property
+    def threshold(self) -> float | None:
+        """Frequency above which a weight is frozen in the next step; None for none."""
+        start, end = self.settings.freeze, self.settings.freeze_final
+        return start if start is None or end is None else end + (start - end) * (1.0 - self._progress())
+
+    @property
+    def dampening(self) -> float:
+        """Weight of the dampening loss in the next step."""
+        scheduled = self.settings.dampen_schedule == "cosine"
+        return self.settings.dampen * (self._progress() if scheduled else 1.0)
+
+    def _progress(self) -> float:
+        """Return how far the training is, 0 to 1, by half a cosine."""
+        share = min(1.0, self.step / max(1, (self.total_steps or 1) - 1))
+        return 0.5 * (1.0 - math.cos(math.pi * share))
+
+    # -- taking part in training
+
+    def loss(self, model: nn.Module) -> Tensor | None:
+        """Return the dampening loss, a scalar; None where there is none in this step."""
+        factor = self.dampening
+        if factor == 0.0:
+            return None
+        terms = [_distance(quantizer, weight) for _, quantizer, weight in self._quantized(model)]
+        return factor * torch.stack(terms).sum() if terms else None
+
+    @torch.no_grad()
+    def step_end(self, model: nn.Module) -> None:
+        """Take in the codes after a step, and freeze weights; nothing where they are not fake-quantized."""
+        for key, quantizer, weight in self._quantized(model):
+            self._take_in(key, quantizer, weight)
+        self.step += 1
+
+    def _quantized(self, model: nn.Module) -> list[tuple[str, WeightFakeQuantize, Tensor]]:
+        return [
+            (key, quantizer, weight)
+            for key, quantizer, weight in prepared_model(model).weight_quantizers()
+            if key in self.weights and quantizer.quantizing
+        ]
+
+    def _take_in(self, key: str, quantizer: WeightFakeQuantize, weight: Tensor) -> None:
+        state = self._state.get(key)
+        own_grid = quantizer.follows or quantizer.method.transforms
+        if state is not None and own_grid:
+            # what is held must have no part in the grid
+            weight.masked_fill_(state["frozen"], 0.0)
+        steps, step, zero_point = quantizer.steps(weight)
+        codes = torch.clamp(torch.round(steps) + zero_point, quantizer.qmin, quantizer.qmax)
+        if state is None:
+            self._state[key] = _first(codes)
+            return
+        codes = torch.where(state["frozen"], state["held"].to(codes.dtype), codes)
+        change = torch.sign(codes - state["codes"])
+        oscillates = change * state["direction"] < 0
+        momentum = self.settings.momentum
+        state["frequency"].lerp_(oscillates.to(torch.float32), momentum)
+        state["average"].lerp_(codes, momentum)
+        state["direction"].copy_(torch.where(change != 0, change, state["direction"].to(change.dtype)))
+        state["codes"].copy_(codes)
+        threshold = self.threshold
+        if threshold is None:
+            return
+        restless = (state["frequency"] > threshold) & ~state["frozen"]
+        if own_grid:
+            restless &= (codes > quantizer.qmin) & (codes < quantizer.qmax)
+        held = torch.where(restless, torch.round(state["average"]), state["held"].to(codes.dtype))
+        state["held"].copy_(held)
+        state["frozen"] |= restless
+        state["codes"].copy_(torch.where(state["frozen"], held, codes))
+        values = quantizer.method.untransform((held - zero_point) * step, weight)
+        weight.copy_(torch.where(state["frozen"], values.to(weight.dtype), weight))
+
+    # -- what was seen
+
+    def rates(self) -> dict[str, float]:
+        """Return the share of each weight's elements that oscillate (a frequency above 0.005), by key."""
+        return {key: _share(state["frequency"] > OSCILLATING) for key, state in self._state.items()}
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return the shares of tracked elements that oscillate, and that are frozen; empty before the first step."""
+        if not self._state:
+            return {}
+        states = self._state.values()
+        shares = {"oscillating": torch.cat([(s["frequency"] > OSCILLATING).flatten() for s in states])}
+        if self.settings.freeze is not None:
+            shares["frozen"] = torch.cat([s["frozen"].flatten() for s in states])
+        return {name: _share(flags) for name, flags in shares.items()}
+
+    def state_dict(self) -> Mapping[str, Tensor]:
+        """Return the counter of steps, and the codes, averages and frozen elements of every weight."""
+        tensors = {"step": torch.tensor(self.step, dtype=torch.int64)}
+        for key, state in self._state.items():
+            tensors |= {f"{key}.{name}": value.detach().clone() for name, value in state.items()}
+        return tensors
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` returned; nothing is taken where something is wrong.
+
+        Raises:
+            CheckpointError: A tensor is missing, unknown or of another shape or dtype; it is named.
+        """
+        left = dict(tensors)
+        found: dict[str, dict[str, Tensor]] = {}
+        step = _taken(left, "step", torch.Size(), torch.int64)
+        for key, shape in self.weights.items():
+            if f"{key}.codes" not in left:
+                continue
+            like = _first(torch.zeros(shape))
+            found[key] = {name: _taken(left, f"{key}.{name}", shape, like[name].dtype) for name in _STATE}
+        if left:
+            raise CheckpointError(
+                f"the oscillation state has the unknown entry {next(iter(left))!r}", "give the state of this model"
+            )
+        self.step, self._state = int(step), {k: {n: t.clone() for n, t in s.items()} for k, s in found.items()}
+
+
+def _first(codes: Tensor) -> dict[str, Tensor]:
+    """Return the state of a weight before any step."""
+    return {
+        "codes": codes.to(torch.int16),
+        "direction": torch.zeros_like(codes, dtype=torch.int8),
+        "average": codes.to(torch.float32),
+        "frequency": torch.zeros_like(codes, dtype=torch.float32),
+        "frozen": torch.zeros_like(codes, dtype=torch.bool),
+        "held": torch.zeros_like(codes, dtype=torch.int16),
+    }
+
+
+def _distance(quantizer: WeightFakeQuantize, weight: Tensor) -> Tensor:
+    """Return the squared distance of a weight from the values of its codes."""
+    steps, step, zero_point = quantizer.steps(weight)
+    inside = (steps + zero_point >= quantizer.qmin) & (steps + zero_point <= quantizer.qmax)
+    away = quantizer.method.transform(weight) - torch.round(steps) * step
+    return torch.where(inside, away, 0.0).square().sum()
+
+
+def _share(flags: Tensor) -> float:
+    return float(flags.to(torch.float32).mean())
+
+
+def _taken(left: dict[str, Tensor], key: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    value = left.pop(key, None)
+    if value is None:
+        raise CheckpointError(f"the oscillation state lacks {key!r}", "give the state of this model")
+    if value.shape != shape or value.dtype != dtype:
+        raise CheckpointError(
+            f"{key!r} of the oscillation state is {value.dtype} of shape {tuple(value.shape)} and not {dtype} of "
+            f"{tuple(shape)}",
+            "give the state of this model",
+        )
+    return value
+
+
+def _is_prepared(model: nn.Module) -> bool:
+    return isinstance(_unwrapped(model), PreparedModel)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module within DistributedDataParallel and `torch.compile`."""
+    while not isinstance(model, PreparedModel):
+        inner = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+    return model
+
+
+def prepared_model(model: nn.Module) -> PreparedModel:
+    """Return the prepared model, also from within DistributedDataParallel and `torch.compile`.
+
+    Raises:
+        StateError: It is none.
+    """
+    inner = _unwrapped(model)
+    if not isinstance(inner, PreparedModel):
+        raise StateError(
+            f"a {type(model).__name__} has no quantized weights", "give the model that qat.prepare returned"
+        )
+    return inner
+
+
+def _below_8_bits(model: PreparedModel) -> dict[str, torch.Size]:
+    found: dict[str, torch.Size] = {}
+    seen: set[int] = set()
+    for key, quantizer, weight in model.weight_quantizers():
+        if quantizer.scheme.int_type.bits < _BITS and id(weight) not in seen:
+            found[key] = weight.shape
+        seen.add(id(weight))
+    return found
+
+
+def _chosen(model: PreparedModel, weights: Iterable[str] | None) -> dict[str, torch.Size]:
+    """Return the shapes of the weights to track, by key."""
+    if weights is None:
+        chosen = _below_8_bits(model)
+        if not chosen:
+            raise StateError("no weight of the model is below 8 bits", "name the weights to be tracked")
+        return chosen
+    all_of_them = {key: weight.shape for key, _, weight in model.weight_quantizers()}
+    names = list(weights)
+    for name in names:
+        if name not in all_of_them:
+            near = difflib.get_close_matches(name, all_of_them, n=1)
+            mend = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(all_of_them)}"
+            raise StateError(f"the model has no quantized weight {name!r}", mend)
+    if not names:
+        raise StateError("no weight is to be tracked", "name some, or give None for all below 8 bits")
+    return {name: all_of_them[name] for name in names}
