@@ -45,9 +45,7 @@ class AutoObserver(BinnedObserver):
             "mantissa_bits": Option(int, None, 0, 10, about="fineness of the bins; 8, or 4 by channel"),
         }
     )
-    about: ClassVar[str] = (
-        "of several methods the one with the least error behind the tensor"
-    )
+    about: ClassVar[str] = "of several methods the one with the least error behind the tensor"
     source: ClassVar[str] = "qat's own"
     fineness: ClassVar[tuple[int, int]] = (8, 4)
 

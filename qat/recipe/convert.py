@@ -7,6 +7,7 @@ from pathlib import Path
 from qat.recipe.schema import InputPart, Recipe
 from qat.recipe.schema_train import DistillPart, TrainPart
 from qat.train.data import AugmentSpec, DataSpec, InputSpec
+from qat.train.oscillation import OscillationSettings
 from qat.train.settings import (
     CheckpointSettings,
     DistillSettings,
@@ -101,6 +102,7 @@ def train_settings(part: TrainPart) -> TrainSettings:
         patience=part.patience,
         guard=GuardSettings(part.guard.retries, part.guard.factor, part.guard.blow_up),
         checkpoint=CheckpointSettings(part.checkpoint.every_steps, part.checkpoint.every_seconds, part.checkpoint.keep),
+        oscillation=OscillationSettings(**part.oscillation.model_dump()),
     )
 
 

@@ -65,6 +65,17 @@ class CheckpointPart(Part):
     keep: Positive = Field(default=3, description="newest checkpoints that are kept while training")
 
 
+class OscillationPart(Part):
+    """What is done about weights whose codes flip back and forth (docs/quantizers.md)."""
+
+    enabled: bool | Literal["auto"] = Field(default="auto", description="auto: where weights have fewer than 8 bits")
+    momentum: Annotated[float, Field(gt=0.0, le=1.0)] = 0.01
+    dampen: Annotated[float, Field(ge=0.0)] = 0.0
+    dampen_schedule: Literal["constant", "cosine"] = "cosine"
+    freeze: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.1
+    freeze_final: Annotated[float, Field(gt=0.0, le=1.0)] | None = 0.01
+
+
 class TrainPart(Part):
     """Train the float model (phase float, before the first calibrate) or the quantized one (after it)."""
 
@@ -94,5 +105,6 @@ class TrainPart(Part):
     )
     guard: GuardPart = Field(default_factory=GuardPart)
     checkpoint: CheckpointPart = Field(default_factory=CheckpointPart)
+    oscillation: OscillationPart = Field(default_factory=OscillationPart)
     log_every: Positive = Field(default=50, description="steps between two lines of metrics.jsonl")
     tensorboard: bool = Field(default=False, description="also write event files for TensorBoard")

@@ -152,7 +152,7 @@ class OscillationTracker(Hook):
         settings = settings or OscillationSettings()
         if settings.enabled is False:
             return None
-        if settings.enabled == "auto" and not (_is_prepared(model) and _below_8_bits(prepared_model(model))):
+        if settings.enabled == "auto" and not (is_prepared(model) and _below_8_bits(prepared_model(model))):
             return None
         return cls(
             model, total_steps=total_steps, momentum=settings.momentum, dampen=settings.dampen,
@@ -315,7 +315,8 @@ def _taken(left: dict[str, Tensor], key: str, shape: torch.Size, dtype: torch.dt
     return value
 
 
-def _is_prepared(model: nn.Module) -> bool:
+def is_prepared(model: nn.Module) -> bool:
+    """Tell whether a model is a prepared one, also from within DistributedDataParallel and `torch.compile`."""
     return isinstance(_unwrapped(model), PreparedModel)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qat.errors import TrainError
+from qat.train.oscillation import OscillationSettings
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class TrainSettings:
             after which training ends; the model of the best epoch is kept. None for never.
         guard: What is done when training diverges.
         checkpoint: When a training that has somewhere to write writes down where it is.
+        oscillation: What is done about weights of few bits whose codes flip back and forth.
 
     Raises:
         TrainError: A number is outside of what it may be; it is named.
@@ -147,6 +149,7 @@ class TrainSettings:
     patience: int | None = None
     guard: GuardSettings = field(default_factory=GuardSettings)
     checkpoint: CheckpointSettings = field(default_factory=CheckpointSettings)
+    oscillation: OscillationSettings = field(default_factory=OscillationSettings)
 
     def __post_init__(self) -> None:
         every, seconds = self.checkpoint.every_steps, self.checkpoint.every_seconds

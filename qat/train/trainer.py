@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from qat.errors import DataError
 from qat.train.data import Split
@@ -12,6 +12,7 @@ from qat.train.hooks import EpochRecord, Hook
 from qat.train.log import TrainingLog
 from qat.train.loop import Loop
 from qat.train.objective import Objective
+from qat.train.oscillation import OscillationTracker, is_prepared, prepared_model
 from qat.train.settings import TrainSettings
 from qat.train.store import TrainingCheckpoints
 
@@ -45,7 +46,8 @@ def fit(
         split: Labelled training images.
         settings: How.
         teacher: The float model, where `settings.distill` is given; not changed.
-        hooks: What takes part, in order.
+        hooks: What takes part, in order; after them the losses of quantizers, and where `settings.oscillation` asks for
+            it an `OscillationTracker`.
         validation: Labelled images that each epoch is measured on, or None.
         store: Where checkpoints are written to, or None.
         log: What is told about steps and epochs, or None.
@@ -66,6 +68,25 @@ def fit(
     if not split.labelled or split.steps == 0:
         raise DataError("the train split has no labelled images", "put the images in class folders or give labels")
     objective = Objective(model, settings, teacher)
+    hooks = [*hooks, *_quantization_hooks(model, settings, split.steps)]
     with objective.watching():
         loop = Loop(model, split, settings, objective, hooks, validation, store, log, say, quiet, description)
         return loop.run()
+
+
+class QuantizerLoss(Hook):
+    """Adds what quantizers have to say to the loss (`PreparedModel.quantizer_loss`)."""
+
+    name = "quantizers"
+
+    def loss(self, model: nn.Module) -> Tensor | None:
+        """Return the term, or None."""
+        return prepared_model(model).quantizer_loss()
+
+
+def _quantization_hooks(model: nn.Module, settings: TrainSettings, steps: int) -> list[Hook]:
+    if not is_prepared(model):
+        return []
+    updates = settings.epochs * -(-steps // settings.accumulate)
+    tracker = OscillationTracker.for_model(model, settings.oscillation, total_steps=updates)
+    return [QuantizerLoss(), *([] if tracker is None else [tracker])]
