@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from qat.algorithms.channels import group_indices
-from qat.algorithms.outputs import OutputError
+from qat.algorithms.outputs import Distance, OutputError
 from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
 from qat.algorithms.units import Layer, layer_units, quantized_layers
 from qat.errors import DataError, QuantizationWarning, StateError
@@ -95,7 +95,7 @@ def correct_bias(
         title="bias correction",
     )  # fmt: skip
     after = outputs.measure() if work.corrected else before
-    if after > before:
+    if after.is_worse_than(before):
         qmodel.load_state_dict(state)
         work.undo(before, after)
     return work.result()
@@ -132,11 +132,12 @@ class _Work:
             bias.copy_(old)
         self.kept.append(layer.name)
 
-    def undo(self, before: float, after: float) -> None:
+    def undo(self, before: Distance, after: Distance) -> None:
         """Note that the biases are again what they were."""
         warnings.warn(
             f"bias correction is undone: it moved the model's outputs away from the float model's (relative squared "
-            f"error {after:.3g}, before {before:.3g}), though it helped each of {len(self.corrected)} layers by itself",
+            f"error {after.squared:.3g}, before {before.squared:.3g}; divergence {after.divergence:.3g}, before "
+            f"{before.divergence:.3g}), though it helped each of {len(self.corrected)} layers by itself",
             QuantizationWarning,
             stacklevel=3,
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 
 from qat.algorithms.restore import modes_restored
@@ -17,8 +19,27 @@ from qat.quantizers import QUANTIZE, Quantizer
 Batches = Sequence[tuple[Tensor, ...]]
 
 
+@dataclass(frozen=True)
+class Distance:
+    """How far outputs are from those of the float model, in the mean over outputs.
+
+    Attributes:
+        squared: Squared error relative to the float model's sum of squares.
+        divergence: Kullback-Leibler divergence between the softmax of the float and of the quantized model's scores,
+            in nats, of outputs (N, classes); 0 where there are none. A shift of all scores, which decides nothing, is
+            an error to the one and none to the other.
+    """
+
+    squared: float
+    divergence: float
+
+    def is_worse_than(self, other: Distance) -> bool:
+        """Whether it is farther by either measure."""
+        return self.squared > other.squared or self.divergence > other.divergence
+
+
 class OutputError:
-    """The mean squared error of a model's outputs, relative to what the float model gives; each output counts alike.
+    """Compares a model's outputs, as it is changed, with the float model's.
 
     Args:
         qmodel: A calibrated model, as it is before it is changed.
@@ -33,24 +54,33 @@ class OutputError:
             self._wanted = [_floats(reference(*_copies(inputs))) for inputs in batches]
 
     @torch.no_grad()
-    def measure(self) -> float:
-        """Return the error of the model as it is now, on its present ranges."""
-        errors: list[float] = []
-        sizes: list[float] = []
+    def measure(self) -> Distance:
+        """Return the distance of the model as it is now, on its present ranges."""
         phases = {m: m.phase for m in self._qmodel.modules() if isinstance(m, Quantizer)}
         with modes_restored(self._qmodel):
             self._qmodel.eval()
             self._qmodel.set_phase(QUANTIZE)
-            for inputs, wanted in zip(self._batches, self._wanted, strict=True):
-                found = _floats(self._qmodel(*_copies(inputs)))
-                errors = _added(
-                    errors, [float((y - w).double().square().sum()) for y, w in zip(found, wanted, strict=True)]
-                )
-                sizes = _added(sizes, [float(w.double().square().sum()) for w in wanted])
+            found = [_floats(self._qmodel(*_copies(inputs))) for inputs in self._batches]
         for quantizer, phase in phases.items():
             quantizer.set_phase(phase)
-        shares = [error / size for error, size in zip(errors, sizes, strict=True) if size > 0.0]
-        return sum(shares) / max(1, len(shares))
+        squared, divergences = [], []
+        for have, want in zip(zip(*found, strict=True), zip(*self._wanted, strict=True), strict=True):
+            size = sum(float(w.double().square().sum()) for w in want)
+            error = sum(float((h - w).double().square().sum()) for h, w in zip(have, want, strict=True))
+            squared += [error / size] if size > 0.0 else []
+            if want[0].dim() == 2 and want[0].shape[1] > 1:
+                total = sum(_divergence(h, w) for h, w in zip(have, want, strict=True))
+                divergences.append(total / sum(len(w) for w in want))
+        return Distance(_mean(squared), _mean(divergences))
+
+
+def _divergence(scores: Tensor, wanted: Tensor) -> float:
+    found, target = (x.double().log_softmax(1) for x in (scores, wanted))
+    return float(functional.kl_div(found, target, reduction="sum", log_target=True))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
 
 
 def _floats(outputs: Any) -> list[Tensor]:
@@ -60,7 +90,3 @@ def _floats(outputs: Any) -> list[Tensor]:
 def _copies(inputs: tuple[Tensor, ...]) -> list[Tensor]:
     # an operator may work in place
     return [x.clone() for x in inputs]
-
-
-def _added(sums: list[float], more: list[float]) -> list[float]:
-    return more if not sums else [a + b for a, b in zip(sums, more, strict=True)]

@@ -21,6 +21,7 @@ from qat.graph.planner import find_fusions, plan_graph
 from qat.graph.prepared import QUANTIZERS, PreparedModel, quantizer_key
 from qat.graph.trace import Traced, trace
 from qat.quantizers import FakeQuantize, WeightFakeQuantize
+from qat.scheme import ObserverSpec, Scheme
 from qat.schemes import Schemes, make_schemes
 from qat.targets import Target
 
@@ -133,10 +134,11 @@ def _analyse(
     root: nn.Module, example_inputs: Any, target: Target, scheme: Schemes | Mapping[str, Any] | None
 ) -> _Analysis:
     refuse_nonfinite(root.named_parameters(), root.named_buffers())
-    schemes = make_schemes(scheme, target.activations, target.weights)
+    make_schemes(scheme, target.activations, target.weights)  # says what is wrong before the model is looked at
     traced = trace(root, example_inputs)
     operators = recognize(traced)
     opgraph = locate_islands(build_opgraph(traced.graph, operators), traced)
+    schemes = make_schemes(scheme, _default_activations(opgraph, target), target.weights)
     made = plan_graph(opgraph, target, schemes)
     if traced.static_batch is not None:
         size = traced.batches[0]
@@ -145,6 +147,17 @@ def _analyse(
     _refuse_parametrized(root, opgraph, made)
     tuples = frozenset(node.name for node, op in operators.items() if op.kind in TUPLE_KINDS)
     return _Analysis(traced, opgraph, made, tuples)
+
+
+def _default_activations(opgraph: OpGraph, target: Target) -> Scheme:
+    """Return the scheme of activations that nobody has chosen: the target's, with `auto` in networks with layer norms.
+
+    In a transformer few tokens may decide the outputs, and be small beside the others: the range with the least error
+    over all elements is not the one with the least error of the outputs (docs/methods.md).
+    """
+    scheme = target.activations
+    normed = any(op.kind == "layer_norm" for op in opgraph.ops.values())
+    return scheme.with_(observer=ObserverSpec("auto")) if normed and scheme.observer.name == "histogram" else scheme
 
 
 def _copy(model: nn.Module) -> nn.Module:

@@ -535,3 +535,19 @@ def test_planning_changes_nothing() -> None:
     assert model[2].inplace
     assert list(model.state_dict()) == list(before)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("net", "given", "observer"),
+    [
+        (nn.LayerNorm(8), None, "auto"),
+        (nn.GELU(), None, "histogram"),
+        (nn.LayerNorm(8), {"activations": {"observer": "histogram"}}, "histogram"),
+        (nn.LayerNorm(8), {"layers": {"1": {"activations": {"observer": "minmax"}}}}, "minmax"),
+    ],
+)
+def test_the_default_observer_of_networks_with_layer_norms(net: nn.Module, given: Any, observer: str) -> None:
+    plan = qat.plan(nn.Sequential(nn.Linear(8, 8), net, nn.Linear(8, 8)), torch.randn(2, 5, 8), target=TARGET, scheme=given)
+    (entry,) = [entry for entry in plan if entry.name == "1"]
+    assert entry.scheme is not None
+    assert entry.scheme.observer.name == observer
