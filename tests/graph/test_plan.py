@@ -547,7 +547,8 @@ def test_planning_changes_nothing() -> None:
     ],
 )
 def test_the_default_observer_of_networks_with_layer_norms(net: nn.Module, given: Any, observer: str) -> None:
-    plan = qat.plan(nn.Sequential(nn.Linear(8, 8), net, nn.Linear(8, 8)), torch.randn(2, 5, 8), target=TARGET, scheme=given)
+    model = nn.Sequential(nn.Linear(8, 8), net, nn.Linear(8, 8))
+    plan = qat.plan(model, torch.randn(2, 5, 8), target=TARGET, scheme=given)
     (entry,) = [entry for entry in plan if entry.name == "1"]
     assert entry.scheme is not None
     assert entry.scheme.observer.name == observer
