@@ -60,6 +60,10 @@ class RecipeError(QatError):
     """A recipe with an unknown key, a wrong type or a contradiction."""
 
 
+class ProcessError(QatError):
+    """Processes that cannot work together, or one that ended before the others."""
+
+
 class OutputError(QatError):
     """An output that cannot be written."""
 

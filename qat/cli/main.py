@@ -108,13 +108,18 @@ def _explain(error: Exception) -> int:
 
 def _complain(message: str) -> None:
     line = " ".join(message.split())
-    print(f"qat: error: {line}", file=sys.stderr)
+    # of several processes (torchrun) each speaks for itself
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    who = f" (process {rank} of {size})" if rank is not None and size != "1" else ""
+    print(f"qat: error{who}: {line}", file=sys.stderr)
 
 
 @contextmanager
 def _one_line_warnings(debug: bool) -> Iterator[None]:
     """Show the warnings of `qat` as one line each; those of libraries only with --debug."""
     package = str(Path(__file__).resolve().parent.parent)
+    # of several processes the first one warns for all: they do the same
+    others = os.environ.get("RANK", "0") != "0"
 
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -123,7 +128,7 @@ def _one_line_warnings(debug: bool) -> Iterator[None]:
         def show(message: Warning | str, category: type[Warning], filename: str, *rest: object) -> None:
             if debug:
                 shown(message, category, filename, *rest)  # type: ignore[arg-type]
-            elif filename.startswith(package) and issubclass(category, UserWarning):
+            elif filename.startswith(package) and issubclass(category, UserWarning) and not others:
                 print(f"qat: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
         warnings.showwarning = show  # type: ignore[assignment]

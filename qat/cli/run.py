@@ -27,9 +27,13 @@ def run(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Do what a recipe says: train, calibrate, train quantized, export, verify, check its contract."""
+    """Do what a recipe says: train, calibrate, train quantized, export, verify, check its contract.
+
+    In several processes: torchrun --nproc-per-node N -m qat run RECIPE; data.batch_size is that of all together.
+    """
     from qat.recipe.load import load_recipe
     from qat.recipe.run import run_recipe
+    from qat.train.processes import place_by_environment
 
     loaded = load_recipe(recipe, overrides or [])
     if resume and overwrite:
@@ -51,7 +55,7 @@ def run(
             say=say,
             show=_silent if as_json else print,
         )
-    if as_json:
+    if as_json and place_by_environment().rank == 0:
         print(json.dumps({"folder": str(result.folder), **result.state.to_json()}, indent=1))
 
 

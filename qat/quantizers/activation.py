@@ -29,7 +29,7 @@ class FakeQuantize(Quantizer):
     towards the batch's smallest and largest value (`new = old + momentum * (batch - old)`; the first batch
     sets a range that was never calibrated) and recomputes the grid; *quantizing* fake-quantizes with the
     grid. A batch with nan or inf does not enter the moving average, and an empty one does nothing. Under
-    `torch.distributed` the range of a batch is that of all processes, by one small all-reduce, so the moving
+    `torch.distributed` the range of a batch is that of all processes, by one small message, so the moving
     average equals that of one process on the same data; every process must then run the forward pass in
     training mode.
 
@@ -38,7 +38,7 @@ class FakeQuantize(Quantizer):
     that probability, drawn from torch's global generator.
 
     Besides the buffers of `Quantizer` there are `samples`, the calibrated samples, and `tracked`, the samples
-    (on this process) of the moving average, both int64 scalars.
+    of the moving average, both int64 scalars.
 
     Args:
         scheme: Per-tensor or per-channel.
@@ -188,7 +188,7 @@ class FakeQuantize(Quantizer):
             self.step_max.copy_(torch.full_like(high, -torch.inf) if last else high)
             if not last:
                 return
-        low, high = _range_of_all_processes(low, high)
+        low, high, samples = _of_all_processes(low, high, x.shape[0] if x.dim() > 0 else 1)
         unknown = self.min_val > self.max_val
         usable = torch.isfinite(low) & torch.isfinite(high)
         for buffer, batch in ((self.min_val, low), (self.max_val, high)):
@@ -200,7 +200,7 @@ class FakeQuantize(Quantizer):
         )
         self.scale.copy_(torch.where(known, scale, self.scale))
         self.zero_point.copy_(torch.where(known, zero_point, self.zero_point))
-        self.tracked.add_(x.shape[0] if x.dim() > 0 else 1)
+        self.tracked.add_(samples)
 
     def set_phase(self, phase: Phase) -> None:
         """Enter a phase."""
@@ -278,11 +278,15 @@ class FakeQuantize(Quantizer):
         self.tracked.zero_()
 
 
-def _range_of_all_processes(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the widest range over the processes of the default group; nan where any has nan."""
+def _of_all_processes(low: Tensor, high: Tensor, samples: int) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Return the widest range, and all samples, over the processes of the default group; infinite where any has nan."""
     if not is_distributed():
-        return low, high
+        return low, high, samples
     # a maximum need not carry nan over, but infinity it does, and both keep the batch out of the average
     both = torch.nan_to_num(torch.stack([-low, high]), nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    return -both[0], both[1]
+    own = torch.cat([both.flatten().double(), both.new_full((1,), samples).double()])
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    each = torch.stack(parts)
+    both = each[:, :-1].amax(0).to(both.dtype).view(both.shape)
+    return -both[0], both[1], each[:, -1].sum().to(torch.int64)

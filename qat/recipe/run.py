@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import platform
 import shutil
 import time
@@ -23,9 +24,11 @@ from qat.recipe.folder import CHECKPOINTS, ENCODINGS, ONNX, PLAN, TFLITE, RunFol
 from qat.recipe.report import check_expectations, results_table
 from qat.recipe.schema import Recipe, Stage
 from qat.recipe.session import Session
+from qat.train import processes
 from qat.train.board import summary_writer
 from qat.train.checkpoint import load_checkpoint, load_state, save_checkpoint
 from qat.train.evaluate import evaluate
+from qat.train.parallel import check_batch_size
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class RunResult:
 
     Attributes:
         folder: Where its files are.
-        state: Results, stages and details, as in `metrics.json`.
+        state: Results, stages and details, as in `metrics.json`; of several processes only the first one's is whole.
     """
 
     folder: Path
@@ -43,6 +46,13 @@ class RunResult:
 
 def _silent(line: str) -> None:
     """Say nothing."""
+
+
+def _found(folder: RunFolder, resume: bool) -> tuple[bool, int, str | None]:
+    """Return whether a run is resumed, how many of its stages are whole, and what is wrong with the next one."""
+    if not (resume and folder.is_run()):
+        return False, 0, None
+    return True, *folder.sound_stages()
 
 
 def run_recipe(
@@ -58,6 +68,8 @@ def run_recipe(
 ) -> RunResult:
     """Do what a recipe says and leave everything in one folder.
 
+    Started by torchrun, all processes train and calibrate together; the first one alone writes and says anything.
+
     Args:
         recipe: A validated recipe.
         out: The folder; None for `runs/<name>`.
@@ -72,11 +84,11 @@ def run_recipe(
         QatError: Anything that is wrong with the recipe, the data, the model or the folder.
         VerificationError: The exported file differs from the simulation.
         ExpectationError: The contract does not hold; the folder is complete nevertheless.
+        ProcessError: Of the processes that torchrun started with this one, another failed.
     """
-    run = _Run(
-        recipe, RunFolder(out or Path("runs") / recipe.name), resume, overwrite, skip_bad, quiet, say, show or say
-    )
-    return run.execute()
+    folder = RunFolder(out or Path("runs") / recipe.name)
+    with processes.joined(stages.choose_device(recipe)):
+        return _Run(recipe, folder, resume, overwrite, skip_bad, quiet, say, show or say).execute()
 
 
 class _Run:
@@ -92,29 +104,40 @@ class _Run:
         show: Callable[[str], None],
     ) -> None:
         self.folder = folder
-        self.quiet = quiet
-        self._say, self._show = say, show
+        self.first = processes.is_first()
+        self.quiet = quiet or not self.first
+        self._say, self._show = (say, show) if self.first else (_silent, _silent)
         # what can be wrong with recipe, data and model is found before the folder is touched
-        resumed = resume and folder.is_run()
-        sound, self._damage = folder.sound_stages() if resumed else (0, None)
-        self.session = Session(recipe, skip_bad=skip_bad, run=folder if resumed else None, stages=sound)
+        if any(stage.train is not None for stage in recipe.stages):
+            check_batch_size(recipe.data.batch_size, processes.size())
+        resumed, sound, self._damage = json.loads(processes.text_of_first(lambda: json.dumps(_found(folder, resume))))
+        self.session = Session(recipe, skip_bad=skip_bad, run=folder if resumed and self.first else None, stages=sound)
         self.recipe = self.session.recipe
-        folder.check(self.recipe, resume=resume, overwrite=overwrite)
+        processes.text_of_first(lambda: str(folder.check(self.recipe, resume=resume, overwrite=overwrite)))
         self.model = self.session.model
         stages.check_model(self.model, self.session.data)
         if any(stage.train is not None and stage.train.tensorboard for stage in self.recipe.stages):
             summary_writer()
         self.qmodel: PreparedModel | None = None
-        state = folder.open(self.recipe, resume=resume, overwrite=overwrite)
+        # nobody is behind when the first one begins to write
+        processes.of_each(0)
+        opened = processes.text_of_first(
+            lambda: json.dumps(folder.open(self.recipe, resume=resume, overwrite=overwrite).to_json())
+        )
+        state = RunState.from_json(json.loads(opened), str(folder.path))
         self.state = replace(state, stages=state.stages[:sound])
 
     def say(self, line: str) -> None:
         self._say(line)
-        self.folder.log(line)
+        self._log(line)
 
     def show(self, line: str) -> None:
         self._show(line)
-        self.folder.log(line)
+        self._log(line)
+
+    def _log(self, line: str) -> None:
+        if self.first:
+            self.folder.log(line)
 
     def execute(self) -> RunResult:
         try:
@@ -124,7 +147,7 @@ class _Run:
             if isinstance(error, Exception):
                 # where the disk is full, the error to tell is the first one
                 with contextlib.suppress(OutputError):
-                    self.folder.log(f"error: {error}")
+                    self._log(f"error: {error}")
                     self._keep(status="failed")
             raise
         return RunResult(self.folder.path, self.state)
@@ -141,7 +164,13 @@ class _Run:
                 f"warning: the run was begun with {name} {before[name]} and goes on with {now[name]}:"
                 " it may end with other bits than it would have"
             )
-        self._keep(details={**self.state.details, "versions": now})
+        count, earlier = processes.size(), self.state.details.get("processes", processes.size())
+        if earlier != count:
+            self.say(
+                f"warning: the run was begun by {earlier} process{'es' * (earlier > 1)} and goes on with {count}:"
+                " it may end with other bits than it would have"
+            )
+        self._keep(details={**self.state.details, "versions": now, "processes": count})
         done = len(self.state.stages)
         if done:
             self.say(f"resuming after {done} finished stage{'s' * (done > 1)}")
@@ -155,6 +184,10 @@ class _Run:
             self._quantize()
         if "float" not in self.state.results:
             self._measure("float", self.model)
+        for files in processes.text_of_each(json.dumps(self.session.data.skipped.files)):
+            self.session.data.skipped.files.update(json.loads(files))
+        if not self.first:
+            return
         if self.recipe.export.onnx is not None:
             self._export()
         if self.recipe.export.tflite is not None:
@@ -179,6 +212,9 @@ class _Run:
         start = time.perf_counter()
         # every stage begins from its own seed, so that one that is resumed draws what it would have drawn
         torch.manual_seed(self.recipe.seed + index + 1)
+        if stage.train is not None and not self.first:
+            # what dropout leaves out is not the same in every process
+            torch.manual_seed((self.recipe.seed + index + 1) * 1_000_003 + processes.rank())
         epochs: list[dict[str, Any]] = []
         if stage.train is not None and stage.train.phase == "float":
             label, trained = "float", self.model
@@ -204,18 +240,21 @@ class _Run:
                 trained, self.session.data, stage.train, place=place, teacher=teacher, say=self.say, quiet=self.quiet
             )
             epochs = [r.to_json() for r in records]
+        processes.share_state(trained)
         name = f"{CHECKPOINTS}/{index}-{stage.kind}-{label.lower()}.safetensors"
-        save_checkpoint(self.folder.path / name, trained.state_dict(), {"stage": index, "label": label})
+        if self.first:
+            save_checkpoint(self.folder.path / name, trained.state_dict(), {"stage": index, "label": label})
         # before the first calibration there are neither ranges nor a quantized result
         has_ranges = any(s.calibrate for s in self.recipe.stages[: index + 1])
-        if self.qmodel is not None and has_ranges:
+        if self.first and self.qmodel is not None and has_ranges:
             self.qmodel.encodings().save(self.folder.path / ENCODINGS)
         record = StageRecord(index, stage.kind, label, name, time.perf_counter() - start, epochs)
         if has_ranges or label == "float":
             self._measure(label, trained)
         self._keep(stages=(*self.state.stages, record))
         # only now is nothing lost without them
-        shutil.rmtree(self.folder.path / CHECKPOINTS / training.UNFINISHED, ignore_errors=True)
+        if self.first:
+            shutil.rmtree(self.folder.path / CHECKPOINTS / training.UNFINISHED, ignore_errors=True)
 
     def _float_reference(self, index: int) -> nn.Module | None:
         """Return the float model that stage `index` aims at: as the last stage left it that is meant to change it.
@@ -228,11 +267,12 @@ class _Run:
         assert self.qmodel is not None
         reference = copy.deepcopy(self.model)
         defining = [s for s in before if s.label != "float" and self.recipe.stages[s.index].defines_float]
-        if defining:
+        if defining and self.first:
             qmodel = copy.deepcopy(self.qmodel)
             place = self.folder.path / defining[-1].checkpoint
             load_state(qmodel, load_checkpoint(place).tensors, str(place))
             load_state(reference, qmodel.float_state_dict(), str(place))
+        processes.share_state(reference)
         return reference
 
     def _quantize(self) -> None:
@@ -243,7 +283,8 @@ class _Run:
             self._measure("float", self.model)
         self.qmodel = self.session.prepare()
         plan = self.qmodel.plan
-        plan.save(self.folder.path / PLAN)
+        if self.first:
+            plan.save(self.folder.path / PLAN)
         self.say(plan.summary())
         self._keep(details={**self.state.details, "integer_macs": plan.integer_share})
 
@@ -264,7 +305,8 @@ class _Run:
             }
         )
         if self.session.data.test is not None:
-            self._measure("ONNX Runtime", stages.onnx_classifier(path))
+            # the other processes are done
+            self._measure("ONNX Runtime", stages.onnx_classifier(path), together=False)
 
     def _export_tflite(self) -> None:
         part = self.recipe.export.tflite
@@ -280,10 +322,11 @@ class _Run:
         self._keep(details={**self.state.details, "tflite": record})
         self.say(str(result))
 
-    def _measure(self, label: str, model: Callable[..., Any]) -> None:
+    def _measure(self, label: str, model: Callable[..., Any], *, together: bool = True) -> None:
         if self.session.data.test is None:
             return
-        metrics = evaluate(model, self.session.test, quiet=self.quiet, description=f"evaluate {label}")
+        description = f"evaluate {label}"
+        metrics = evaluate(model, self.session.test, quiet=self.quiet, description=description, together=together)
         self._keep(results={**self.state.results, label: metrics.to_json()})
         self.say(f"{label}: top-1 {100 * metrics.top1:.2f} % of {metrics.n} test images")
 
@@ -296,7 +339,8 @@ class _Run:
 
     def _keep(self, **changes: Any) -> None:
         self.state = replace(self.state, **changes)
-        self.folder.save(self.state)
+        if self.first:
+            self.folder.save(self.state)
 
 
 def versions() -> dict[str, str]:

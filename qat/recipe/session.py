@@ -17,6 +17,7 @@ from qat.recipe.convert import data_spec
 from qat.recipe.folder import RunFolder
 from qat.recipe.load import expand
 from qat.recipe.schema import Recipe
+from qat.train import processes
 from qat.train.checkpoint import load_checkpoint, load_state
 from qat.train.data import Data, Split, load_data
 
@@ -72,6 +73,8 @@ class Session:
         checkpoint = self._checkpoint("float")
         if checkpoint is not None:
             load_state(model, load_checkpoint(checkpoint).tensors, str(checkpoint))
+        # a factory may draw from a generator that has no seed, and only the first process reads the run's folder
+        processes.share_state(model)
         return model
 
     def example(self, *, with_data: bool = True) -> Tensor:
@@ -93,6 +96,7 @@ class Session:
         if checkpoint is not None:
             load_state(qmodel, load_checkpoint(checkpoint).tensors, str(checkpoint))
             qmodel.set_phase("quantize")
+        processes.share_state(qmodel)
         return qmodel.eval()
 
     def quantized(self, encodings: Path | None = None) -> PreparedModel:

@@ -33,22 +33,36 @@ from qat.recipe.schema import CalibratePart, ModelPart, OnnxPart, Recipe, Tflite
 from qat.recipe.schema_ptq import AlgorithmPart
 from qat.targets import Target
 from qat.torchvision import import_torchvision
+from qat.train import processes
 from qat.train.checkpoint import load_weights
-from qat.train.data import Data, Split, input_shape
+from qat.train.data import Data, Share, Split, input_shape
 from qat.train.data.spec import DataSpec
 from qat.train.evaluate import device_of, evaluation_mode
+from qat.train.processes import place_by_environment
 
 
 def choose_device(recipe: Recipe) -> torch.device:
-    """Return the device that a recipe asks for.
+    """Return the device that a recipe asks for; of several processes on a machine each has a GPU of its own.
 
     Raises:
-        RecipeError: It asks for a GPU and there is none.
+        RecipeError: It asks for a GPU and there is none, or there are fewer than processes.
+        ProcessError: The variables of torchrun are incomplete.
     """
     if recipe.device == "cuda" and not torch.cuda.is_available():
         raise RecipeError("device is 'cuda' and torch finds no GPU", "set device: cpu, or auto to take a GPU if any")
-    gpu = recipe.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if gpu else "cpu")
+    place = place_by_environment()
+    if recipe.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if place.size == 1:
+        return torch.device("cuda")
+    count = torch.cuda.device_count()
+    if place.local_rank >= count:
+        raise RecipeError(
+            f"device is {recipe.device!r}, this machine has {count} GPU{'s' * (count > 1)} and process"
+            f" {place.local_rank} of it has none",
+            f"start at most {count} processes on it (--nproc-per-node), or set device: cpu",
+        )
+    return torch.device("cuda", place.local_rank)
 
 
 def find_factory(name: str) -> Callable[..., Any]:
@@ -157,14 +171,16 @@ def prepare(recipe: Recipe, model: nn.Module, example: Tensor) -> PreparedModel:
 
 
 def calibrate(qmodel: PreparedModel, split: Split, part: CalibratePart, *, quiet: bool) -> int:
-    """Choose ranges from calibration images; return how many were seen.
+    """Choose ranges from calibration images; return how many were seen, by all processes.
 
     Raises:
         DataError: There is no image, or a tensor is not finite; it is named.
     """
-    return qat.calibrate(
-        qmodel, split.images(part.images), samples=part.images, only=part.only, progress=False if quiet else None
+    own = split.sharded(Share(processes.rank(), processes.size(), "batch"))
+    seen = qat.calibrate(
+        qmodel, own.images(part.images), samples=part.images, only=part.only, progress=False if quiet else None
     )
+    return int(processes.summed([seen])[0])
 
 
 def algorithm(

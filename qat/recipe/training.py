@@ -15,6 +15,7 @@ from qat.graph.prepared import PreparedModel
 from qat.recipe.convert import train_settings
 from qat.recipe.folder import BOARD, CURVES, TRAINING_LOG
 from qat.recipe.schema_train import TrainPart
+from qat.train import processes
 from qat.train.board import Board
 from qat.train.curves import draw_curves
 from qat.train.data import Data
@@ -112,6 +113,8 @@ def train(
         progress = False if quiet else None
         names = qat.reestimate_batch_norm(model, images, samples=part.reestimate_bn, progress=progress)
         say(f"  statistics of {len(names)} batch norms taken anew")
+    if not processes.is_first():
+        return records
     if part.patience is None:
         # where there is patience, the best one is the one that is kept anyway
         store.keep_best(place.checkpoints / f"{place.index}-train-{place.label.lower()}-best.safetensors")

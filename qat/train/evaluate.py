@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qat.errors import DataError
-from qat.train.data import Split
+from qat.train import processes
+from qat.train.data import Share, Split
 from qat.train.progress import progress
 
 
@@ -61,7 +62,12 @@ def device_of(model: Callable[..., Any]) -> torch.device:
 
 
 def evaluate(
-    model: Callable[[Tensor], Any], split: Split, *, quiet: bool = False, description: str = "evaluate"
+    model: Callable[[Tensor], Any],
+    split: Split,
+    *,
+    quiet: bool = False,
+    description: str = "evaluate",
+    together: bool = False,
 ) -> Metrics:
     """Measure a classifier.
 
@@ -71,17 +77,20 @@ def evaluate(
         split: Labelled images.
         quiet: No progress bar.
         description: Text of the progress bar.
+        together: Of several processes each takes some of the batches, and gets the result of all; all must call this.
 
     Raises:
         DataError: The split has no labels or no images, or the scores do not fit the labels.
     """
     if not split.labelled:
         raise DataError(f"the {split.name} split has no labels", "put the images in class folders or give labels")
+    if together:
+        split = split.sharded(Share(processes.rank(), processes.size(), "batch"))
     right = right5 = n = 0
     loss = 0.0
     device = device_of(model)
     with evaluation_mode(model), torch.no_grad():
-        bar = progress(split, description=description, total=split.steps, quiet=quiet)
+        bar = progress(split, description=description, total=split.own_steps, quiet=quiet)
         for x, y in bar:
             scores = model(x.to(device))
             check_scores(scores, y, split.name)
@@ -93,6 +102,9 @@ def evaluate(
             loss += float(functional.cross_entropy(scores, y, reduction="sum"))
             n += int(y.shape[0])
             bar.set_postfix_str(f"top-1 {100 * right / n:.2f} %", refresh=False)
+    if together:
+        *hits_of_all, loss, images = processes.summed([right, right5, loss, n])
+        right, right5, n = int(hits_of_all[0]), int(hits_of_all[1]), int(images)
     if n == 0:
         raise DataError(f"the {split.name} split has no images", "give at least one")
     return Metrics(right / n, right5 / n, loss / n, n)

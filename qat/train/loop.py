@@ -5,13 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.errors import DataError, TrainError
+from qat.train import processes
 from qat.train.checkpoint import load_state
 from qat.train.data import Split
 from qat.train.ema import WeightAverage
@@ -21,22 +20,12 @@ from qat.train.hooks import EpochRecord, Hook
 from qat.train.log import StepRecord, TrainingLog
 from qat.train.objective import Objective
 from qat.train.optimizer import make_optimizer, set_rate, trained_parameters
+from qat.train.parallel import Part, Replica, own_part, part_of_batch, snapshot_of_first, total
 from qat.train.progress import duration, progress
-from qat.train.schedule import norms_frozen_at, phase_at, rate_factor
+from qat.train.schedule import Prepared, Timetable, rate_factor
 from qat.train.settings import TrainSettings
 from qat.train.state import Parts, Position, Snapshot, Tally
 from qat.train.store import TrainingCheckpoints
-
-
-@runtime_checkable
-class Prepared(Protocol):
-    """What the loop needs of a model that was prepared for quantization."""
-
-    def set_phase(self, phase: str) -> Any:
-        """Switch to `follow` (float, ranges follow the data), `track` (they do too) or `quantize` (they do not)."""
-
-    def freeze_batch_norm(self) -> Any:
-        """Let batch norm statistics stand still."""
 
 
 class _DivergedError(Exception):
@@ -69,10 +58,15 @@ class Loop:
         quiet: bool,
         description: str,
     ) -> None:
-        self.model, self.split, self.settings, self.objective = model, split, settings, objective
-        self.hooks, self.validation, self.store, self.log = hooks, validation, store, log
-        self.say, self.quiet, self.description = say, quiet, description
+        self.model, self.split, self.settings, self.objective = model, own_part(split), settings, objective
+        self.hooks, self.validation, self.description = hooks, validation, description
+        # every process decides alike, and the first one alone writes and speaks
+        first = processes.is_first()
+        self.keeps, self.store, self.log = store is not None, store if first else None, log if first else None
+        self.say, self.quiet = say if first else _silent, quiet or not first
+        self.replica = Replica(model)
         self.device = device_of(model)
+        self.timetable = Timetable(model, settings, self.split.steps)
         self.optimizer = make_optimizer(model, settings.optimizer, settings.quantizer_lr)
         self.parameters = trained_parameters(self.optimizer)
         self.average = None if settings.ema is None else WeightAverage(model, settings.ema)
@@ -82,8 +76,6 @@ class Loop:
         #: the last state that training can go back to
         self.good: Snapshot | None = None
         self.best: Mapping[str, Tensor] = {}
-        self._phase: str | None = None
-        self._norms_frozen = False
         #: images whose gradients are summed up since the last step of the optimizer
         self._pending = self._pending_batches = 0
         self._told: set[str] = set()
@@ -94,13 +86,16 @@ class Loop:
     def run(self) -> list[EpochRecord]:
         """Train, from the beginning or from where the store has it."""
         self.model.train()
-        self._begin()
-        while self.at.epoch < self.settings.epochs and not self.at.stopped:
-            try:
-                self._epoch()
-            except _DivergedError as cause:
-                self._go_back(str(cause), cause.step)
-        self._finish()
+        with self.replica.together() as alone:
+            if alone:
+                self.say(f"  warning: statistics of {', '.join(alone)} are those of each process's images alone")
+            self._begin()
+            while self.at.epoch < self.settings.epochs and not self.at.stopped:
+                try:
+                    self._epoch()
+                except _DivergedError as cause:
+                    self._go_back(str(cause), cause.step)
+            self._finish()
         return self.at.records
 
     def _begin(self) -> None:
@@ -110,9 +105,7 @@ class Loop:
                 f"  {left_out} of {self.split.n} training images, others in each epoch, make no whole batch of "
                 f"{self.split.batch_size} and are left out (data.last_batch: keep trains on them too)"
             )
-        if self.store is not None:
-            self.store.require_space(self.parts.size())
-        found = None if self.store is None else self.store.latest(self.say)
+        found = snapshot_of_first(self._stored) if self.keeps else None
         if found is None:
             if self.log is not None:
                 self.log.begin()
@@ -120,12 +113,18 @@ class Loop:
                 self.good = self._snapshot()
             return
         self._restore(found, "the checkpoint")
-        if self.store is not None and self.at.best_epoch is not None:
-            self.best = self.store.load_best(self.at.best_epoch)
+        if self.at.best_epoch is not None:
+            own = {} if self.store is None else self.store.load_best(self.at.best_epoch)
+            self.best = processes.tensors_of_first(own)
         self.good = found
         over = self.at.epoch >= self.settings.epochs or self.at.stopped
         place = "after the last epoch" if over else f"at epoch {self.at.epoch + 1}, step {self.at.step + 1}"
         self.say(f"  resuming {place}")
+
+    def _stored(self) -> Snapshot | None:
+        assert self.store is not None
+        self.store.require_space(self.parts.size())
+        return self.store.latest(self.say)
 
     def _finish(self) -> None:
         if self.settings.patience is not None and self.best:
@@ -195,14 +194,14 @@ class Loop:
         if self.validation is None:
             return None
         if self.average is None:
-            return evaluate(self.model, self.validation, quiet=self.quiet, description="validate")
+            return evaluate(self.model, self.validation, quiet=self.quiet, description="validate", together=True)
         with self.average.in_place():
-            return evaluate(self.model, self.validation, quiet=self.quiet, description="validate")
+            return evaluate(self.model, self.validation, quiet=self.quiet, description="validate", together=True)
 
     def _judge(self, record: EpochRecord) -> None:
         """Remember the best epoch; end training where there was no better one for too long."""
         at, patience = self.at, self.settings.patience
-        if patience is None and (self.validation is None or self.store is None):
+        if patience is None and (self.validation is None or not self.keeps):
             return
         score = -record.loss if record.validation_top1 is None else record.validation_top1
         if at.best_epoch is None or score > at.best_score:
@@ -225,28 +224,31 @@ class Loop:
     def _batch(self, x: Tensor, y: Tensor) -> None:
         at, settings = self.at, self.settings
         self._adjust()
-        if x.shape[0] == 1 and self._trains_norms():
-            self._leave_out()
+        part = part_of_batch(int(y.shape[0]))
+        if part.smallest == 0 or (part.whole == 1 and self.timetable.trains_norms()):
+            self._leave_out(part)
             at.step += 1
             return
         with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.autocast == "bf16"):
-            scores = self.model(x)
+            scores = self.replica(x)
         check_scores(scores, y, "train")
-        loss = self.objective(x, scores, y)
-        for term in (hook.loss(self.model) for hook in self.hooks):
-            if term is not None:
-                loss = loss + term
-        value, count = float(loss.detach()), int(y.shape[0])
-        cause = self.guard.see(value)
+        terms = [term for hook in self.hooks if (term := hook.loss(self.model)) is not None]
+        loss = plain = self.objective(x, scores, y)
+        for term in terms:
+            plain = plain + term
+        bad = not math.isfinite(float(plain.detach())) and not bool(torch.isfinite(x).all())
+        value, right = total(plain, int((scores.detach().argmax(1) == y).sum()), part, bad=bad)
+        cause, count = self.guard.see(value), part.whole
+        if bad:
+            raise DataError(f"images of epoch {at.epoch + 1}, step {at.step + 1} hold nan or inf", "check the data")
         if cause is not None:
-            if not math.isfinite(value) and not bool(torch.isfinite(x).all()):
-                raise DataError(f"images of epoch {at.epoch + 1}, step {at.step + 1} hold nan or inf", "check the data")
             raise _DivergedError(cause, at.step + 1)
+        # what hooks add is not of the images: it is the same in every process
+        loss = plain if part.weight == 1.0 else sum(terms, loss * part.weight)
         if self._pending == 0:
             self.optimizer.zero_grad(set_to_none=True)
         # of several batches the sum over images is collected, and divided by their number in `_update`
         (loss if settings.accumulate == 1 else loss * count).backward()  # type: ignore[no-untyped-call]
-        right = int((scores.detach().argmax(1) == y).sum())
         at.tally.add(value, right, count)
         at.window.add(value, right, count)
         at.step += 1
@@ -291,30 +293,19 @@ class Loop:
 
     def _adjust(self) -> None:
         """Bring phases and batch norms to where the schedule has them now."""
-        begun = self._phase is not None
-        if self._enter(self._steps_done()) and begun:
-            # the loss is of another function from here on
-            self.guard.forget()
+        begun = self.timetable.begun
+        if self.timetable.enter(self._steps_done()):
+            self.replica.renew()
+            if begun:
+                # the loss is of another function from here on
+                self.guard.forget()
 
-    def _enter(self, step: int) -> bool:
-        """Bring phases and batch norms to where the schedule has them at a step; tell whether that changed anything."""
-        if not isinstance(self.model, Prepared):
-            return False
-        phase = phase_at(self.settings, step, self.split.steps)
-        freezes = not self._norms_frozen and norms_frozen_at(self.settings, step, self.split.steps)
-        changes = phase != self._phase
-        if changes:
-            self.model.set_phase(phase)
-            self._phase = phase
-        if freezes:
-            self.model.freeze_batch_norm()
-            self._norms_frozen = True
-        return changes or freezes
-
-    def _trains_norms(self) -> bool:
-        return any(isinstance(module, _BatchNorm) and module.training for module in self.model.modules())
-
-    def _leave_out(self) -> None:
+    def _leave_out(self, part: Part) -> None:
+        if part.smallest == 0:
+            if "few" not in self._told:
+                self._told.add("few")
+                self.say(f"  batches that have no image for one of {processes.size()} processes are left out")
+            return
         if self.split.batch_size == 1:
             raise DataError(
                 "batches of one image cannot train batch norms", "give a larger data.batch_size, or freeze batch norms"
@@ -333,7 +324,7 @@ class Loop:
     def _keep(self) -> None:
         """Remember this state, on disk if there is a store."""
         self._saved_at = time.monotonic()
-        if self.store is None and self.settings.guard.retries == 0:
+        if not self.keeps and self.settings.guard.retries == 0:
             return
         self.good = self._snapshot()
         if self.store is not None:
@@ -344,6 +335,9 @@ class Loop:
         every, seconds = self.settings.checkpoint.every_steps, self.settings.checkpoint.every_seconds
         by_steps = every is not None and _passes(every, first, self.at.step)
         by_time = seconds is not None and time.monotonic() - self._saved_at >= seconds
+        if seconds is not None:
+            # clocks differ
+            by_time = bool(processes.of_each(int(by_time))[0])
         return (by_steps or by_time) and self.guard.calm
 
     def _snapshot(self) -> Snapshot:
@@ -351,10 +345,11 @@ class Loop:
 
     def _restore(self, snapshot: Snapshot, source: str) -> None:
         self.at = self.parts.restore(snapshot, source)
-        self._phase, self._norms_frozen = None, False
+        self.replica.renew()
+        self.timetable.forget()
         if self._steps_done():
             # as at the last step, so that a change that is due now is noticed as one
-            self._enter(self._steps_done() - 1)
+            self.timetable.enter(self._steps_done() - 1)
         self._pending = self._pending_batches = 0
         if self.log is not None:
             self.log.begin(int(snapshot.info["log_lines"]), self._steps_done())
@@ -392,6 +387,10 @@ class Loop:
 
     def _steps_in_all(self) -> int:
         return self.settings.epochs * self.split.steps
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
 
 
 def _passes(every: int, before: int, now: int) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from qat.errors import TrainError
+from qat.train import processes
 from qat.train.evaluate import evaluation_mode
 from qat.train.settings import DistillSettings, TrainSettings
 
@@ -33,12 +34,23 @@ def classification_loss(
 
 
 def feature_loss(mine: Tensor, theirs: Tensor, settings: DistillSettings) -> Tensor:
-    """Return how far an inner activation (N, ...) is from the float model's (see `DistillSettings.feature_loss`)."""
+    """Return how far an inner activation (N, ...) is from the float model's (see `DistillSettings.feature_loss`).
+
+    Of several processes all must call this.
+    """
     a, b = mine.float().flatten(1), theirs.detach().float().flatten(1)
     if settings.feature_loss == "cosine":
         return (1.0 - functional.cosine_similarity(a, b, dim=1)).mean()
     # relative, so that layers of different scales weigh the same
-    return functional.mse_loss(a, b) / b.square().mean().clamp(min=1e-12)
+    return functional.mse_loss(a, b) / _mean_square(b).clamp(min=1e-12)
+
+
+def _mean_square(values: Tensor) -> Tensor:
+    """Return the mean square, a scalar, over the images of all processes."""
+    if processes.size() == 1:
+        return values.square().mean()
+    squares, count = processes.summed([float(values.square().sum()), values.numel()])
+    return values.new_tensor(squares / count)
 
 
 class Features:

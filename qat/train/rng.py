@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import CheckpointError
+from qat.train import processes
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -28,6 +30,14 @@ def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
         "numpy": [int(legacy["state"]["pos"]), int(legacy["has_gauss"]), float(legacy["gauss"])],
     }
     return tensors, values
+
+
+def random_states() -> tuple[list[dict[str, Tensor]], list[dict[str, Any]]]:
+    """Return the states of all processes that train together, in their order; every one of them must call this."""
+    tensors, values = random_state()
+    each = {name: processes.tensor_of_each(state) for name, state in tensors.items()}
+    texts = processes.text_of_each(json.dumps(values))
+    return [{name: parts[i] for name, parts in each.items()} for i in range(len(texts))], [json.loads(t) for t in texts]
 
 
 def set_random_state(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:

@@ -6,7 +6,10 @@ All are functions of the step alone, so that a training that is resumed anywhere
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qat.train.settings import ScheduleSettings, TrainSettings
 
@@ -43,3 +46,57 @@ def phase_at(settings: TrainSettings, step: int, steps_per_epoch: int) -> Litera
 def norms_frozen_at(settings: TrainSettings, step: int, steps_per_epoch: int) -> bool:
     """Tell whether the statistics of batch norms stand still at `step`."""
     return _reached(settings.freeze_bn_after, step, steps_per_epoch)
+
+
+@runtime_checkable
+class Prepared(Protocol):
+    """What training needs of a model that was prepared for quantization."""
+
+    def set_phase(self, phase: str) -> Any:
+        """Switch to `follow` (float, ranges follow the data), `track` (they do too) or `quantize` (they do not)."""
+
+    def freeze_batch_norm(self) -> Any:
+        """Let batch norm statistics stand still."""
+
+
+class Timetable:
+    """Brings the phases and batch norms of a model to where the schedule has them.
+
+    Args:
+        model: The model; one that is not `Prepared` is left as it is.
+        settings: With the times.
+        steps: Batches in an epoch.
+    """
+
+    def __init__(self, model: nn.Module, settings: TrainSettings, steps: int) -> None:
+        self._model, self._settings, self._steps = model, settings, steps
+        self.forget()
+
+    def forget(self) -> None:
+        """The model has another state now."""
+        self._phase: str | None = None
+        self._norms_frozen = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether the model was brought to a phase."""
+        return self._phase is not None
+
+    def enter(self, step: int) -> bool:
+        """Bring the model to where it is at a step, counted over all epochs; tell whether that changed anything."""
+        if not isinstance(self._model, Prepared):
+            return False
+        phase = phase_at(self._settings, step, self._steps)
+        freezes = not self._norms_frozen and norms_frozen_at(self._settings, step, self._steps)
+        changes = phase != self._phase
+        if changes:
+            self._model.set_phase(phase)
+            self._phase = phase
+        if freezes:
+            self._model.freeze_batch_norm()
+            self._norms_frozen = True
+        return changes or freezes
+
+    def trains_norms(self) -> bool:
+        """Tell whether batch norms use the statistics of the batch."""
+        return any(isinstance(module, _BatchNorm) and module.training for module in self._model.modules())

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from qat.errors import CheckpointError, TrainError
+from qat.train import processes
 from qat.train.checkpoint import load_state
 from qat.train.ema import WeightAverage
 from qat.train.guard import Guard
 from qat.train.hooks import EpochRecord, Hook
 from qat.train.optimizer import load_optimizer_tensors, optimizer_tensors, trained_parameters
-from qat.train.rng import random_state, set_random_state
+from qat.train.rng import random_states, set_random_state
 
 
 @dataclass
@@ -94,7 +95,8 @@ class Snapshot:
     """A training at one moment.
 
     Attributes:
-        tensors: Copies on the CPU, by `part/name`: `model`, `optimizer`, `ema`, `hook/<name>`, `random`.
+        tensors: Copies on the CPU, by `part/name`: `model`, `optimizer`, `ema`, `hook/<name>`, `random`, and of other
+            processes `random-<rank>`; all else is the same in all of them.
         info: The rest, as JSON values.
     """
 
@@ -153,26 +155,26 @@ class Parts:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def snapshot(self, position: Position, extra: Mapping[str, Any]) -> Snapshot:
-        """Copy everything.
+        """Copy everything; of several processes all must call this.
 
         Args:
             position: Where the training is.
             extra: More JSON values to note.
         """
-        random_tensors, random_values = random_state()
+        randoms, random_values = random_states()
         parts: dict[str, Mapping[str, Tensor]] = {
             "model": self.model.state_dict(),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
             "ema": {} if self.average is None else self.average.state_dict(),
             **{f"hook/{hook.name}": hook.state_dict() for hook in self.hooks},
-            "random": random_tensors,
+            **{_random(i): tensors for i, tensors in enumerate(randoms)},
         }
         tensors = {f"{part}/{key}": _copy(value) for part, values in parts.items() for key, value in values.items()}
         info = {
             **extra,
             "position": position.to_json(),
             "guard": self.guard.state_dict(),
-            "random": random_values,
+            **{_random(i): values for i, values in enumerate(random_values)},
         }
         return Snapshot(tensors, info)
 
@@ -196,12 +198,18 @@ class Parts:
                 hook.load_state_dict(state)
         try:
             self.guard.load_state_dict(snapshot.info["guard"])
-            set_random_state(snapshot.part("random"), snapshot.info["random"])
+            own = _random(processes.rank())
+            set_random_state(snapshot.part(own), snapshot.info[own])
             return snapshot.position
         except (KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{source} is no checkpoint of a training ({error!r})", "resume from another checkpoint"
             ) from None
+
+
+def _random(rank: int) -> str:
+    """Name of the random numbers of a process."""
+    return f"random-{rank}" if rank else "random"
 
 
 def _copy(value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qat.errors import CheckpointError, OutputError
 from qat.files import atomic_write_bytes
+from qat.train import processes
 from qat.train.checkpoint import load_checkpoint, save_checkpoint
 from qat.train.state import Snapshot
 
@@ -124,15 +125,9 @@ class TrainingCheckpoints:
         return [path for _, _, path in sorted(found, reverse=True)]
 
 
-def world_size() -> int:
-    """Return the number of processes that train together."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
-
-
 def circumstances() -> dict[str, Any]:
     """Return what a training's bits depend on besides its state."""
-    return {"world_size": world_size(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"world_size": processes.size(), "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def _check_circumstances(info: Mapping[str, Any], path: Path) -> None:

@@ -40,6 +40,10 @@ def fit(
     With a `store` that holds checkpoints of this very training, it goes on from the newest one that is whole, and ends
     with the bits that it would have had without interruption (same machine, torch, number of threads and processes).
 
+    Where `torch.distributed` has a default group, every process calls this, with the same arguments; each trains on its
+    part of every batch, and only the first one writes and says anything. Losses, records and decisions are those of all
+    (`docs/training.md`, "Several processes").
+
     Args:
         model: Gives scores (N, classes) for images (N, C, H, W) float32. A model that has `set_phase` and
             `freeze_batch_norm` is trained with ranges that follow the data until `freeze_ranges_after`.
@@ -59,10 +63,12 @@ def fit(
         One record an epoch, those before an interruption among them.
 
     Raises:
-        DataError: The split has no labels, the scores do not fit them, or images hold nan or inf.
+        DataError: The split has no labels, the scores do not fit them, or images hold nan or inf. Or its batches have
+            fewer images than there are processes.
         TrainError: Training diverges for all that the guard does; epoch and step are named. Or distillation without a
             float model, or hooks of one name.
         CheckpointError: A checkpoint in the store is of another model or number of processes.
+        ProcessError: Another process failed.
         OutputError: A checkpoint or the log cannot be written, or will not fit on the disk.
     """
     if not split.labelled or split.steps == 0:

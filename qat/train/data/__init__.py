@@ -1,6 +1,6 @@
 """Data sets by name, behind one interface."""
 
-from qat.train.data.base import Batch, Data, Skipped, Split
+from qat.train.data.base import Batch, Data, Share, Skipped, Split
 from qat.train.data.load import SOURCES, Source, input_shape, load_data
 from qat.train.data.spec import AugmentSpec, DataSpec, InputSpec
 
@@ -11,6 +11,7 @@ __all__ = [
     "Data",
     "DataSpec",
     "InputSpec",
+    "Share",
     "Skipped",
     "Source",
     "Split",

@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from qat.errors import DataError
-from qat.train.data.base import Batch, Data, Split, fixed_subset, generator, held_out, index_batches
+from qat.train.data.base import (
+    Batch,
+    Data,
+    Share,
+    Split,
+    empty_batch,
+    fixed_subset,
+    generator,
+    held_out,
+    index_batches,
+)
 from qat.train.data.spec import DataSpec, ImageFormat
 from qat.train.data.transforms import draw_variation, place_tensor, to_format, to_values, vary
 
@@ -84,15 +94,18 @@ def _split(name: str, x: Tensor, y: Tensor, spec: DataSpec, brightest: int) -> S
     n, training = int(x.shape[0]), name == "train"
     drop_last = training and n > spec.batch_size and spec.last_batch == "drop"
 
-    def batches(epoch: int, first: int = 0) -> Iterator[Batch]:
+    def batches(epoch: int, first: int = 0, share: Share | None = None) -> Iterator[Batch]:
         random = generator(spec.seed, epoch + 1 if training else 0)
         order = torch.arange(n) if name in ("test", "validation") else torch.randperm(n, generator=random)
         # drawn for the whole epoch at once: what an image gets does not depend on which batches are made
         draws = draw_variation(n, spec.augment, random) if training else None
-        for index in index_batches(n, spec.batch_size, order, drop_last, first):
+        for index in index_batches(n, spec.batch_size, order, drop_last, first, share):
+            if len(index) == 0:
+                yield empty_batch()
+                continue
             pixels = place_tensor(to_format(x[index], spec.input.format), spec.input)
             if draws is not None:
                 pixels = vary(pixels, draws.of(index))
             yield to_values(pixels, spec.input, brightest), y[index]
 
-    return Split(name, n, spec.batch_size, batches, drop_last=drop_last, batches_from=batches)
+    return Split(name, n, spec.batch_size, batches, drop_last=drop_last, batches_from=batches, shares_from=batches)

@@ -14,7 +14,18 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from qat.errors import DataError
-from qat.train.data.base import Batch, Data, Skipped, Split, fixed_subset, generator, held_out, index_batches
+from qat.train.data.base import (
+    Batch,
+    Data,
+    Share,
+    Skipped,
+    Split,
+    empty_batch,
+    fixed_subset,
+    generator,
+    held_out,
+    index_batches,
+)
 from qat.train.data.spec import DataSpec
 from qat.train.data.transforms import augment_tensor, image_pixels, place_image, random_area_image, to_values
 
@@ -219,24 +230,28 @@ def _split(name: str, files: _Files, spec: DataSpec, shape: tuple[int, int, int]
         pixels = image_pixels(image, spec.input.format or "RGB")
         return augment_tensor(pixels.unsqueeze(0), spec.augment, random)[0] if training else pixels
 
-    def batches(epoch: int, first: int = 0) -> Iterator[Batch]:
+    def batches(epoch: int, first: int = 0, share: Share | None = None) -> Iterator[Batch]:
         random = generator(spec.seed, epoch + 1 if training else 0)
         order = torch.arange(n) if name in ("test", "validation") else torch.randperm(n, generator=random)
-        some = False
-        chosen = index_batches(n, spec.batch_size, order, drop_last, first)
+        asked = some = False
+        chosen = index_batches(n, spec.batch_size, order, drop_last, first, share)
         for index, images in _ahead(chosen, load, epoch, spec.workers):
+            asked = asked or bool(index)
             kept = [(image, files.labels[i]) for i, image in zip(index, images, strict=True) if image is not None]
             if kept:
                 some = True
                 pixels = torch.stack([image for image, _ in kept])
                 yield to_values(pixels, spec.input), torch.tensor([label for _, label in kept])
-        if not some and first == 0:
+            elif share is not None and share.by == "image":
+                # the other processes may have some of this batch: they must not be a batch ahead
+                yield empty_batch()
+        if asked and not some and first == 0:
             raise DataError(f"{files.folder} has no readable image", "put at least one there")
 
     # a batch of unreadable files only is left out, so where those are skipped, batches cannot be counted unseen
     batches_from = None if spec.skip_bad else batches
     labelled = files.labels[0] >= 0
-    return Split(name, n, spec.batch_size, batches, labelled, drop_last, batches_from)
+    return Split(name, n, spec.batch_size, batches, labelled, drop_last, batches_from, shares_from=batches)
 
 
 def _ahead(
