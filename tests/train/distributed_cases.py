@@ -60,9 +60,9 @@ def linear() -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10), nn.Linear(10, 10))
 
 
-def prepared(dropout: float = 0.0) -> PreparedModel:
-    split = digits()
-    qmodel = qat.prepare(network(dropout=dropout).train(), split.sample(2), target=qat.load_target("onnxruntime-cpu"))
+def prepared(dropout: float = 0.0, scheme: Mapping[str, Any] | None = None) -> PreparedModel:
+    split, target = digits(), qat.load_target("onnxruntime-cpu")
+    qmodel = qat.prepare(network(dropout=dropout).train(), split.sample(2), target=target, scheme=scheme)
     own = split.sharded(Share(processes.rank(), processes.size(), "batch"))
     qat.calibrate(qmodel, own.images(100), samples=100)
     return qmodel
@@ -136,6 +136,11 @@ TRAININGS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     ),
     "spare": lambda: _train(Spare(), TrainSettings(1, OptimizerSettings(lr=0.05, weight_decay=0.1)), digits()),
     "tracked": lambda: _train(prepared(), TrainSettings(2, OptimizerSettings(lr=0.01)), digits()),
+    "learned": lambda: _train(
+        prepared(scheme={"activations": {"quantizer": "lsq"}, "weights": {"quantizer": "lsq"}}),
+        TrainSettings(2, OptimizerSettings(lr=0.01), quantize_after=0.5, freeze_ranges_after=1.5),
+        digits(),
+    ),
     "scheduled": lambda: _train(
         prepared(),
         TrainSettings(2, OptimizerSettings(lr=0.01), quantize_after=0.5, freeze_ranges_after=1, freeze_bn_after=1.5),

@@ -59,8 +59,11 @@ def test_the_curve_is_that_of_one_process(one: Path, two: Path, name: str) -> No
     assert first == second
     assert len(first) == len(alone) > 0
     # a code at the border of two may be the other one after another rounding
-    rough = name in ("tracked", "scheduled", "diverging")
+    rough = name in ("tracked", "learned", "scheduled", "diverging")
     for mine, theirs in zip(first, alone, strict=True):
+        # and then an image or two of 192 may be on the other side
+        shares = {key: mine.pop(key) - theirs.pop(key) for key in ("top1", "validation_top1")}
+        assert all(abs(v) <= (2.5 / 192 if rough else 0) for v in shares.values()), name
         assert mine == pytest.approx(theirs, rel=2e-3 if rough else 1e-5), name
     if name == "diverging":
         assert first[0]["lr"] <= 0.05 * 3e4, "it did not go back"
