@@ -38,7 +38,7 @@ class Learned(Quantizer):
     """A quantizer with something to learn; what it multiplies with is its `step_size`."""
 
     def __init__(self) -> None:
-        super().__init__(Scheme("int8"), "learned", 1)
+        super().__init__(Scheme("int8"), "learned", 1, "weight")
         self.step_size = nn.Parameter(torch.ones(2, 2))
 
     def forward(self, x: Tensor) -> Tensor:
