@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import ExportError, StateError
+from qat.export.multipliers import refuse_multipliers
 from qat.export.verify import ExportResult, Level, export_program
 from qat.graph.batches import model_inputs
 from qat.graph.prepared import PreparedModel
@@ -35,7 +36,7 @@ def export_onnx(
     verify: Level | Literal[False] = "outputs",
     bound: float = 1.0,
     unequal_share: float | None = 0.01,
-    dynamic_batch: bool = True,
+    dynamic_batch: bool | None = None,
     batch_size: int = 1,
     opset: int = 21,
     name: str | None = None,
@@ -50,7 +51,8 @@ def export_onnx(
         verify: `outputs`, `layers` (every quantized tensor is compared), or False.
         bound: Largest difference in codes that an output may have.
         unequal_share: Share of an output's codes that may differ at all, or None.
-        dynamic_batch: Leave the batch size open, unless the model's code works for one size only (`Plan.batch_size`).
+        dynamic_batch: Leave the batch size open, unless the model's code works for one size only (`Plan.batch_size`);
+            None to do so where the target allows it.
         batch_size: Batch size where it is not open.
         opset: Version of the standard operators.
         name: Name of the graph.
@@ -58,13 +60,19 @@ def export_onnx(
 
     Raises:
         StateError: The model was not calibrated, or there are no samples to verify on.
-        ExportError: It cannot be expressed, or an accumulator may overflow; the layer is named.
+        ExportError: It cannot be expressed, an accumulator may overflow, or a multiplier is larger than the target
+            allows (the layer is named); the batch size shall be open and the target wants static shapes.
         VerificationError: The runtime's result differs by more than the bounds.
         OutputError: The file cannot be written.
     """
     imodel = convert(qmodel).to(torch.device("cpu"))
     # the program keeps the constants as they were made, which is where the model is
     constants = {name: replace(c, value=c.value.cpu()) for name, c in imodel.program.constants.items()}
+    constraints = qmodel.plan.constraints
+    if dynamic_batch and not constraints.dynamic_batch:
+        raise ExportError(f"{qmodel.plan.target} wants static shapes", "leave dynamic_batch out, and choose batch_size")
+    refuse_multipliers(imodel.program, qmodel.plan)
+    dynamic_batch = constraints.dynamic_batch if dynamic_batch is None else dynamic_batch
     if qmodel.plan.batch_size is not None:
         dynamic_batch, batch_size = False, qmodel.plan.batch_size
     if batch_size < 1:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from qat.files import atomic_write_text
 from qat.scheme import Scheme
+from qat.targets import Refusal
+from qat.targets.target import Floats, Layout
 
 Decision = Literal["integer", "inherits", "fused", "float", "constant"]
+#: of an operator: computed in integers, in float on the target, or not at all on (one of) the target(s)
+Forecast = Literal["integer", "float island", "refused"]
 Role = Literal["input", "parameter", "activation", "weight"]
 _MILLION = 10**6
 
@@ -34,6 +38,8 @@ class PlanEntry:
         reason: Why.
         macs: Multiply-accumulates of its operator for one sample.
         source: `file:line` of the user's code.
+        refusal: Which targets cannot compute the operator in integers, and what is legal; None where it is float for
+            another reason, or not float.
         computed: Whether the operator that produces it computes in integers (a float operator's output can still be
             quantized for an integer consumer).
     """
@@ -50,6 +56,7 @@ class PlanEntry:
     macs: int = 0
     source: str = ""
     computed: bool = True
+    refusal: Refusal | None = None
 
     @property
     def where(self) -> str:
@@ -71,7 +78,26 @@ class PlanEntry:
             "macs": self.macs,
             "source": self.source,
             "computed": "integer" if self.computed else "float",
+            "refused_by": list(self.refusal.targets) if self.refusal else [],
+            "nearest": self.refusal.nearest if self.refusal else "",
         }
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What the target wants of the exported network as a whole.
+
+    Attributes:
+        dynamic_batch: Whether the batch size may be left open.
+        multiplier_below: Bound of every requantization multiplier, or None.
+        layout: Order of the dimensions of images in the target's artifacts.
+        floats: What computes operators that have no integer form.
+    """
+
+    dynamic_batch: bool = True
+    multiplier_below: float | None = None
+    layout: Layout = "NCHW"
+    floats: Floats = "float32"
 
 
 @dataclass(frozen=True)
@@ -84,6 +110,7 @@ class Plan:
         entries: Decisions by tensor name, in execution order.
         warnings: Things that the user should know, such as a layer pattern that matches nothing.
         batch_size: The only batch size that the model's code works for; None where it works for all.
+        constraints: What the target wants of the exported network as a whole.
     """
 
     target: str
@@ -91,6 +118,7 @@ class Plan:
     entries: Mapping[str, PlanEntry]
     warnings: tuple[str, ...] = ()
     batch_size: int | None = None
+    constraints: Constraints = Constraints()
 
     def __getitem__(self, name: str) -> PlanEntry:
         return self.entries[name]
@@ -117,6 +145,18 @@ class Plan:
         """Operators that are computed in float."""
         return tuple(e for e in self if e.role == "activation" and not e.computed and e.decision != "constant")
 
+    def forecast(self, entry: PlanEntry) -> Forecast | None:
+        """What becomes of the operator of an entry on the target; None for what is no operator of its own.
+
+        An operator without integer form is a float island, or refused where a target has no floats to compute it in.
+        """
+        if entry.role != "activation" or entry.decision in ("constant", "fused"):
+            return None
+        if entry.computed:
+            return "integer"
+        hard = self.constraints.floats == "none" if entry.refusal is None else entry.refusal.hard
+        return "refused" if hard else "float island"
+
     def tie_groups(self) -> dict[str, tuple[str, ...]]:
         """Tensors that share one range, by the name of the group's head; groups of one are left out."""
         groups: dict[str, list[str]] = {}
@@ -132,9 +172,12 @@ class Plan:
         size = f"{self.macs / 1e6:.1f} M" if self.macs >= _MILLION else f"{self.macs:,}"
         share = f"{100 * self.integer_share:.2f} % of {size} MACs"
         lines = [f"{self.target}, numerics {self.numerics}: {integer} of {len(computed)} operators integer, {share}"]
-        lines += [f"float: {e.name} ({e.kind}): {e.where}" for e in self.left_float()]
+        lines += [f"{self._float_label(e)}: {e.name} ({e.kind}): {e.where}" for e in self.left_float()]
         lines += [f"warning: {w}" for w in self.warnings]
         return "\n".join(lines)
+
+    def _float_label(self, entry: PlanEntry) -> str:
+        return "refused" if self.forecast(entry) == "refused" else "float"
 
     def __str__(self) -> str:
         header = ("tensor", "operator", "decision", "scheme", "why", "MACs")
@@ -143,9 +186,7 @@ class Plan:
             (
                 e.name,
                 e.kind or e.role,
-                e.decision
-                if e.computed or e.role != "activation" or e.decision == "float"
-                else f"{e.decision} (float op)",
+                self._decision(e),
                 e.scheme.describe() if e.scheme and e.decision == "integer" else "",
                 e.where if e.role == "activation" and not e.computed and e.decision != "constant" else e.reason,
                 f"{e.macs:,}" if e.macs and e.role != "weight" else "",
@@ -158,6 +199,12 @@ class Plan:
         )
         return f"{table}\n\n{self.summary()}"
 
+    def _decision(self, entry: PlanEntry) -> str:
+        if entry.computed or entry.role != "activation" or entry.decision in ("constant", "fused"):
+            return entry.decision
+        label = self._float_label(entry)
+        return label if entry.decision == "float" else f"{entry.decision} ({label} op)"
+
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document of the plan."""
         return {
@@ -168,8 +215,9 @@ class Plan:
             "macs": self.macs,
             "integer_macs": self.integer_macs,
             "batch_size": self.batch_size,
+            "constraints": asdict(self.constraints),
             "warnings": list(self.warnings),
-            "tensors": [e.to_json() for e in self],
+            "tensors": [{**e.to_json(), "forecast": self.forecast(e)} for e in self],
         }
 
     def save(self, path: str | Path) -> None:

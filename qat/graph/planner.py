@@ -5,19 +5,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from qat.errors import PlanError, SchemeError
 from qat.graph.operators import ParamRef
 from qat.graph.opgraph import GraphOp, OpGraph
-from qat.graph.plan import Plan, PlanEntry
+from qat.graph.plan import Constraints, Plan, PlanEntry
 from qat.graph.ranges import place_ranges
+from qat.graph.traits import mode_of, traits
 from qat.observers import check_observer
 from qat.quantizers.method import Role
 from qat.quantizers.registry import make_method
 from qat.scheme import Granularity, Scheme
 from qat.schemes import Schemes
-from qat.targets import Target
+from qat.targets import Refusal, Target, Use
 
 #: operators whose result may be clamped before it is quantized, at no cost
 _CLAMPED = frozenset(
@@ -40,7 +41,8 @@ def plan_graph(graph: OpGraph, target: Target, schemes: Schemes) -> Plan:
     if not any(e.computed for e in operators):
         first = next((f"{e.name}: {e.reason}" for e in operators if e.decision != "fused"), "it has no operators")
         raise PlanError(f"the model has nothing to quantize ({first})", "check the target, the scheme and the layers")
-    return Plan(target.name, target.numerics, entries, tuple(_without_effect(graph, schemes)))
+    constraints = Constraints(target.dynamic_batch, target.multiplier_below, target.layout, target.floats)
+    return Plan(target.name, target.numerics, entries, tuple(_without_effect(graph, schemes)), constraints=constraints)
 
 
 def _without_effect(graph: OpGraph, schemes: Schemes) -> Iterator[str]:
@@ -132,6 +134,7 @@ class _Planner:
         self.constants = graph.constants()
         self.users = graph.users()
         self.infinite = self._infinite()
+        self.refusals: dict[str, Refusal] = {}
         self.reasons = {end: self._refusal(fusion) for end, fusion in self.fusions.items()}
         self._settle_shared_weights()
         self.wanted = self._wanted()
@@ -150,11 +153,25 @@ class _Planner:
         if masked is not None:
             return f"its input {masked} may be infinite"
         scheme = self._activation_scheme(fusion.ops[-1].name)
-        for kind in self._kinds(op):
-            refusal = self.target.refusal(kind, scheme.dtype, self._weight_scheme(op))
-            if refusal:
-                return refusal
+        operands = frozenset(self._read_scheme(t).dtype for t in op.tensors)
+        for kind, attrs in self._steps(op):
+            use = Use(
+                kind, scheme, self._weight_scheme(op), str(attrs.get("function", "")) if kind == "table" else "",
+                mode_of(kind, attrs), traits(op, kind, attrs), operands,
+            )  # fmt: skip
+            refusal = self.target.refusal(use)
+            if refusal is not None:
+                self.refusals[fusion.ops[-1].name] = refusal
+                return refusal.reason
         return None
+
+    def _read_scheme(self, name: str) -> Scheme:
+        """The activation scheme of the codes that a reader of `name` gets: that of the tensor whose codes they are."""
+        op = self.graph.ops.get(name)
+        while op is not None and self._moves(op):
+            name = op.tensors[0]
+            op = self.graph.ops.get(name)
+        return self._activation_scheme(self.fusion_of.get(name, name))
 
     def _infinite(self) -> frozenset[str]:
         """Values that hold infinities by design: scores masked with -inf, up to the softmax that reads them."""
@@ -193,10 +210,12 @@ class _Planner:
                     )
 
     @staticmethod
-    def _kinds(op: GraphOp) -> tuple[str, ...]:
+    def _steps(op: GraphOp) -> tuple[tuple[str, Mapping[str, Any]], ...]:
+        """Kinds that an operator is made of, as targets know them, with their attributes."""
         if op.kind == "chain":
-            return tuple(dict.fromkeys("slice" if kind == "roll" else kind for kind, _ in op.attrs["steps"]))
-        return ("concat",) if op.kind == "stack" else (op.kind,)
+            steps = {("slice" if kind == "roll" else kind): attrs for kind, attrs in op.attrs["steps"]}
+            return tuple(steps.items())
+        return (("concat" if op.kind == "stack" else op.kind, op.attrs),)
 
     def _activation_scheme(self, name: str) -> Scheme:
         fusion = self.fusions.get(name)
@@ -282,7 +301,9 @@ class _Planner:
 
     def _operator(self, end: str, fusion: Fusion, entries: Mapping[str, PlanEntry]) -> PlanEntry:
         op, last, refusal = fusion.ops[0], fusion.ops[-1], self.reasons[end]
-        entry = PlanEntry(end, "activation", last.kind, "float", macs=last.macs, source=op.source)
+        entry = PlanEntry(
+            end, "activation", last.kind, "float", macs=last.macs, source=op.source, refusal=self.refusals.get(end)
+        )
         if end in self.constants:
             if all(user.name in self.constants for user in self.users.get(end, [])) or end not in self.wanted:
                 return replace(entry, decision="constant", reason="depends on parameters only", computed=False)
@@ -305,11 +326,16 @@ class _Planner:
             how = "the codes of" if op.kind != "rescale" else "a multiple of the scale of"
             reason, scheme = f"{how} {source}", entries[source].scheme
             return replace(entry, decision="inherits", scheme=scheme, source_tensor=source, reason=reason)
-        rule = self.target.operators.get("concat" if op.kind == "stack" else op.kind)
-        fixed = rule.fixed if rule is not None and rule.output == "fixed" else None
+        kind, attrs = self._steps(op)[0]
+        rule = self.target.rule(kind, str(attrs.get("function", "")) if kind == "table" else "")
+        scheme = self._activation_scheme(end)
+        fixed = rule.fixed.get(scheme.dtype) if rule is not None and len(fusion.ops) == 1 else None
+        if fixed is not None:
+            # the range is exact: a symmetric grid would be another one
+            scheme = scheme.with_(symmetric=False)
         reason = "+".join(o.kind for o in fusion.ops) if len(fusion.ops) > 1 else "range of its own"
         return replace(
-            entry, decision="integer", scheme=self._activation_scheme(end), quantizer=end, fixed=fixed,
+            entry, decision="integer", scheme=scheme, quantizer=end, fixed=fixed,
             reason="range fixed by the target" if fixed else reason,
         )  # fmt: skip
 

@@ -19,6 +19,7 @@ from qat.graph.opgraph import TUPLE_KINDS, GraphOp, OpGraph, build_opgraph
 from qat.graph.plan import Plan, PlanEntry
 from qat.graph.planner import find_fusions, plan_graph
 from qat.graph.prepared import QUANTIZERS, PreparedModel, quantizer_key
+from qat.graph.spell import spell_for
 from qat.graph.trace import Traced, trace
 from qat.quantizers import FakeQuantize, WeightFakeQuantize
 from qat.scheme import ObserverSpec, Scheme
@@ -137,7 +138,7 @@ def _analyse(
     make_schemes(scheme, target.activations, target.weights)  # says what is wrong before the model is looked at
     traced = trace(root, example_inputs)
     operators = recognize(traced)
-    opgraph = locate_islands(build_opgraph(traced.graph, operators), traced)
+    opgraph = spell_for(locate_islands(build_opgraph(traced.graph, operators), traced), target)
     schemes = make_schemes(scheme, _default_activations(opgraph, target), target.weights)
     made = plan_graph(opgraph, target, schemes)
     if traced.static_batch is not None:

@@ -128,14 +128,16 @@ def quantize_affine(
     bias_scale = bias_scales(encoding, x_scale, channels)
     exact = affine.bias.to(bias_scale.device) / bias_scale.double()
     bias_codes = torch.round(exact).clamp(-(2.0**31), 2.0**31 - 1).to(torch.int32)
+    # one scale where the weight has one: Hexagon's compiler misreads a bias by channel beside a weight by tensor
+    scales = bias_scale[:1] if encoding.per_tensor else bias_scale
     bias_encoding = Encoding(
         dtype="int32",
-        scale=tuple(bias_scale.tolist()),
-        zero_point=(0,) * channels,
+        scale=tuple(scales.tolist()),
+        zero_point=(0,) * scales.numel(),
         qmin=-(1 << 31),
         qmax=(1 << 31) - 1,
         symmetric=True,
-        granularity=Granularity("per_channel", 0),
+        granularity=Granularity() if encoding.per_tensor else Granularity("per_channel", 0),
         provenance="derived",
         method="input scale times weight scale",
     )

@@ -1,47 +1,49 @@
 """Reading target files.
 
-Schema of a target file, version 1 (YAML):
+Schema of a target file, version 2 (YAML; `?` marks what may be left out):
 
-    schema: 1
+    schema: 2
+    extends?: <name of a target, or path of a file beside this one>
     name, title, version, numerics (onnx|tflite), dynamic_batch (bool)
+    sources?: [texts]
+    floats? (float32|float16|none): what computes an operator without integer form; float32
+    layout? (NCHW|NHWC): of images in the target's artifacts; NCHW
+    mixed_dtypes? (bool): operators may read another activation type than they write; true
+    multiplier_below?: every requantization multiplier is below this number; no limit
+    symmetric?: [weights, activations]: those of a signed type have zero point 0
     activations, weights: {dtype, symmetric, granularity, qmin, qmax, observer}
         observer: a name, or {name: ..., <option>: ...}; minmax where it is left out
     dtypes: {<set name>: [[activation dtype, weight dtype], ...], ...}     named sets of legal dtype tuples
-    operators: {<kind>: {dtypes: <set name>, granularity: [...], output: own|inherit|tie|fixed, fixed: [low, high]}}
+    operators: {<kind>: <rule>}
+        rule: {dtypes: <set name>, granularity?: [...], output?: own|inherit|tie|fixed, fixed?: ..., limits?: ...,
+               modes?: [...], symmetric?: [...]}, or {instead: <text>} for what has no integer form
+        fixed: [low, high], or {<activation dtype>: [low, high]}; types that are not named have a range of their own
+        limits: {dilation|groups|rank|spatial: largest legal number}
+        modes: of resize and pad
+        functions, of table: {<function>: <rule>}; keys that are left out are those of the rule of table
+
+A file that extends another one has its own schema, name, title and version; what else it does not say is that of the
+other. Mappings are merged key by key, a key whose value is null is removed, and everything else replaces.
 """
 
 from __future__ import annotations
 
 import difflib
-import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from functools import reduce
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
-from qat.errors import SchemeError, TargetError
-from qat.scheme import Granularity, GranularityKind, ObserverSpec, Scheme, int_type
-from qat.targets.target import KINDS, OperatorRule, OutputRule, Target
+from qat.errors import TargetError
+from qat.targets.parse import SEE, make_target
+from qat.targets.target import Target
 
-SCHEMA_VERSION = 1
-_SEE = "see the schema in qat.targets.load"
-_KEYS = {
-    "schema",
-    "name",
-    "title",
-    "version",
-    "numerics",
-    "dynamic_batch",
-    "activations",
-    "weights",
-    "dtypes",
-    "operators",
-}
-_RULE_KEYS = {"dtypes", "granularity", "output", "fixed"}
-_SCHEME_KEYS = {"dtype", "symmetric", "granularity", "qmin", "qmax", "observer"}
+SCHEMA_VERSION = 2
+#: what a file says of itself, whatever it extends
+_OWN = ("schema", "name", "title", "version")
 
 
 def target_names() -> tuple[str, ...]:
@@ -67,141 +69,78 @@ def load_target(*names: str) -> Target:
 
 
 def _load_one(name: str) -> Target:
+    text, source, folder = _read(name, Path())
+    return parse_target(text, source, folder)
+
+
+def _read(name: str, folder: Path) -> tuple[str, str, Path]:
+    """Return the text of a target, the name of its file for messages, and the folder that paths in it start from."""
     if name.endswith((".yaml", ".yml")):
+        path = folder / name
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8"), str(path), path.parent
         except OSError as error:
-            raise TargetError(f"cannot read target file {name} ({error.strerror})", "give an existing file") from None
+            raise TargetError(f"cannot read target file {path} ({error.strerror})", "give an existing file") from None
         except UnicodeDecodeError:
-            raise TargetError(f"{name} is not text in UTF-8", "give a target file") from None
-        return parse_target(text, name)
+            raise TargetError(f"{path} is not text in UTF-8", "give a target file") from None
     if name not in target_names():
         near = difflib.get_close_matches(name, target_names(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(target_names())}"
         raise TargetError(f"unknown target {name!r}", hint)
     entry = resources.files("qat.targets").joinpath(name.replace("-", "_") + ".yaml")
-    return parse_target(entry.read_text(encoding="utf-8"), entry.name)
+    return entry.read_text(encoding="utf-8"), entry.name, folder
 
 
-def parse_target(text: str, source: str) -> Target:
+def parse_target(text: str, source: str, folder: Path | None = None) -> Target:
     """Read the text of a target file.
+
+    Args:
+        text: The YAML.
+        source: Name of the file, for messages.
+        folder: Where paths in `extends` start from; None for the working folder.
 
     Raises:
         TargetError: It is not YAML, has unknown or missing keys, or a value that is not legal; `source` is named.
     """
+    return make_target(_merged(text, source, folder or Path(), ()), source)
+
+
+def _merged(text: str, source: str, folder: Path, above: tuple[str, ...]) -> dict[str, Any]:
+    """The data of a file, on that of the files it extends."""
+    data = _document(text, source)
+    base = data.pop("extends", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise TargetError(f"{source}: extends is {base!r}", "write the name of one target")
+    for key in _OWN:
+        if key not in data:
+            raise TargetError(f"{source} lacks the key {key!r}", "add it: a target does not take it from another")
+    text, below, folder = _read(base, folder)
+    if below in (*above, source):
+        raise TargetError(f"{source} extends {base}, which extends it in turn", "break the circle")
+    return _over(_merged(text, below, folder, (*above, source)), data)
+
+
+def _document(text: str, source: str) -> dict[str, Any]:
     try:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise TargetError(f"{source} is not YAML ({' '.join(str(error).split())})", "correct it") from None
     if not isinstance(data, dict) or "schema" not in data:
-        raise TargetError(f"{source} is not a target file", _SEE)
+        raise TargetError(f"{source} is not a target file", SEE)
     if data["schema"] != SCHEMA_VERSION or isinstance(data["schema"], bool):
         raise TargetError(f"{source} has schema {data['schema']!r}", f"this qat reads schema {SCHEMA_VERSION}")
-    _known(data, _KEYS, source)
-    missing = sorted(_KEYS - set(data))
-    if missing:
-        raise TargetError(f"{source} lacks the key {missing[0]!r}", "add it")
-    for key in ("name", "title", "version"):
-        if not isinstance(data[key], str) or not data[key]:
-            raise TargetError(f"{source}: {key} is {data[key]!r}", "write a text, in quotes where it is a number")
-    if data["numerics"] not in ("onnx", "tflite"):
-        raise TargetError(f"{source}: numerics {data['numerics']!r}", "choose onnx or tflite")
-    if not isinstance(data["dynamic_batch"], bool):
-        raise TargetError(f"{source}: dynamic_batch is {data['dynamic_batch']!r}", "write true or false")
-    dtypes = _mapping(data["dtypes"], f"{source}: dtypes")
-    sets = {str(name): _dtype_set(pairs, f"{source}: dtypes.{name}") for name, pairs in dtypes.items()}
-    operators = _mapping(data["operators"], f"{source}: operators")
-    _known(operators, KINDS, f"{source}: operators")
-    return Target(
-        name=data["name"],
-        title=data["title"],
-        version=data["version"],
-        numerics=data["numerics"],
-        dynamic_batch=data["dynamic_batch"],
-        activations=_scheme(data["activations"], f"{source}: activations"),
-        weights=_scheme(data["weights"], f"{source}: weights"),
-        operators={kind: _rule(rule, sets, f"{source}: operators.{kind}") for kind, rule in operators.items()},
-    )
-
-
-def _mapping(data: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(data, dict):
-        raise TargetError(f"{where} is not a mapping", _SEE)
     return data
 
 
-def _known(data: Mapping[str, Any], keys: Collection[str], where: str) -> None:
-    for key in data:
-        if key not in keys:
-            near = difflib.get_close_matches(str(key), keys, n=1)
-            raise TargetError(
-                f"{where} has the unknown key {key!r}", f"did you mean {near[0]!r}?" if near else "remove it"
-            )
-
-
-def _dtype_set(pairs: Any, where: str) -> frozenset[tuple[str, str]]:
-    if not isinstance(pairs, list) or any(not isinstance(p, list) or not 1 <= len(p) <= 2 for p in pairs):
-        raise TargetError(f"{where} is not a list of [activation, weight]", _SEE)
-    for pair in pairs:
-        for dtype in pair:
-            try:
-                int_type(dtype)
-            except SchemeError as error:
-                raise TargetError(f"{where}: {error}") from None
-    return frozenset((p[0], p[1] if len(p) == 2 else "") for p in pairs)
-
-
-def _scheme(data: Any, where: str) -> Scheme:
-    data = _mapping(data, where)
-    _known(data, _SCHEME_KEYS, where)
-    if "dtype" not in data:
-        raise TargetError(f"{where} lacks the key 'dtype'", "add it")
-    try:
-        return Scheme(
-            dtype=data["dtype"],
-            symmetric=data.get("symmetric", False),
-            granularity=Granularity(data.get("granularity", "per_tensor")),
-            qmin=data.get("qmin"),
-            qmax=data.get("qmax"),
-            observer=_observer(data.get("observer", "minmax"), f"{where}.observer"),
-        )
-    except SchemeError as error:
-        raise TargetError(f"{where}: {error}") from None
-
-
-def _observer(data: Any, where: str) -> ObserverSpec:
-    options = {"name": data} if isinstance(data, str) else _mapping(data, where)
-    if not isinstance(options.get("name"), str):
-        raise TargetError(f"{where} is {data!r}", "write a name, or {name: ..., option: ...}")
-    return ObserverSpec(options["name"], {key: value for key, value in options.items() if key != "name"})
-
-
-def _rule(data: Any, sets: Mapping[str, frozenset[tuple[str, str]]], where: str) -> OperatorRule:
-    data = _mapping(data, where)
-    _known(data, _RULE_KEYS, where)
-    dtypes = data.get("dtypes")
-    if not isinstance(dtypes, str) or dtypes not in sets:
-        raise TargetError(f"{where} names the dtype set {dtypes!r}", f"use one of {', '.join(sets)}")
-    output, fixed = data.get("output", "own"), data.get("fixed")
-    if output not in get_args(OutputRule) or (output == "fixed") != (fixed is not None):
-        raise TargetError(
-            f"{where}: output {output!r} with fixed {fixed!r}",
-            f"output is one of {', '.join(get_args(OutputRule))}; fixed needs a range, and only it",
-        )
-    granularity = data.get("granularity", ["per_tensor"])
-    legal = get_args(GranularityKind)
-    if not isinstance(granularity, list) or not granularity or any(g not in legal for g in granularity):
-        raise TargetError(f"{where}: granularity is {granularity!r}", f"write a list of {', '.join(legal)}")
-    return OperatorRule(
-        dtypes=sets[dtypes],
-        granularity=frozenset(granularity),
-        output=output,
-        fixed=None if fixed is None else _range(fixed, where),
-    )
-
-
-def _range(data: Any, where: str) -> tuple[float, float]:
-    numbers = isinstance(data, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in data)
-    if not numbers or len(data) != 2 or not (math.isfinite(data[0]) and math.isfinite(data[1]) and data[0] < data[1]):
-        raise TargetError(f"{where}: fixed is {data!r}", "write [low, high], two finite numbers with low < high")
-    return float(data[0]), float(data[1])
+def _over(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _over(merged[key], value)
+        else:
+            merged[key] = value
+    return merged

@@ -2,61 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-from qat.errors import TargetError
-from qat.scheme import GranularityKind, Scheme
+from qat.scheme import Scheme, int_type
+from qat.targets.rule import KINDS, OperatorRule, OutputRule, Use, asymmetric, function_rule
 
-#: `own`: the output has a range of its own; `inherit`: the output must have the input's encoding; `tie`: all inputs and
-#: the output must share one encoding; `fixed`: the output's range is prescribed.
-OutputRule = Literal["own", "inherit", "tie", "fixed"]
-#: canonical operator kinds that a target can have a rule for (docs/architecture.md); a `stack` is a concat, and a
-#: `chain` is the kinds of its steps
-KINDS = frozenset(
-    {
-        "add", "avg_pool", "batch_norm", "clamp", "concat", "conv", "conv_transpose", "div", "expand", "identity",
-        "layer_norm", "linear", "matmul", "max_pool", "mean", "mul", "pad", "prelu", "rescale", "reshape", "resize",
-        "slice", "softmax", "sub", "table", "transpose",
-    }
-)  # fmt: skip
-_STRICTNESS: tuple[OutputRule, ...] = ("own", "inherit", "tie", "fixed")
+__all__ = ["KINDS", "OperatorRule", "OutputRule", "Refusal", "Target"]
+
+#: what computes an operator that has no integer form: floats of this type, or nothing (`none`)
+Floats = Literal["float32", "float16", "none"]
+#: order of dimensions in the artifact; `NCHW` is the one of PyTorch
+Layout = Literal["NCHW", "NHWC"]
 
 
 @dataclass(frozen=True)
-class OperatorRule:
-    """What a target says of one canonical operator kind.
+class Refusal:
+    """Why an operator is not computed in integers.
 
     Attributes:
-        dtypes: Legal pairs (activation dtype, weight dtype); the weight dtype is "" for operators without weights.
-        granularity: Legal weight granularities.
-        output: How the output's encoding relates to the inputs'.
-        fixed: The prescribed output range where `output` is `fixed`.
+        targets: Names of the targets that refuse it.
+        faults: What they have not, one for each of `targets`.
+        nearest: The nearest legal configuration, or "" where there is none.
+        hard: Whether one of the targets cannot compute it in float either.
     """
 
-    dtypes: frozenset[tuple[str, str]]
-    granularity: frozenset[GranularityKind]
-    output: OutputRule = "own"
-    fixed: tuple[float, float] | None = None
+    targets: tuple[str, ...]
+    faults: tuple[str, ...]
+    nearest: str = ""
+    hard: bool = False
 
-    def intersect(self, other: OperatorRule, kind: str) -> OperatorRule:
-        """Return the rule that satisfies both.
-
-        Raises:
-            TargetError: Both prescribe an output range, and not the same one.
-        """
-        if self.fixed and other.fixed and self.fixed != other.fixed:
-            raise TargetError(
-                f"{kind}: one target prescribes the output range {self.fixed}, another {other.fixed}",
-                "build for these targets separately",
-            )
-        return OperatorRule(
-            dtypes=self.dtypes & other.dtypes,
-            granularity=self.granularity & other.granularity,
-            output=max(self.output, other.output, key=_STRICTNESS.index),
-            fixed=self.fixed or other.fixed,
-        )
+    @property
+    def reason(self) -> str:
+        """One line, such as `hexagon-v73 has no uint16/uint8 conv; nearest: uint16/int8`."""
+        by_fault: dict[str, list[str]] = {}
+        for target, fault in zip(self.targets, self.faults, strict=True):
+            by_fault.setdefault(fault, []).append(target)
+        parts = [f"{' and '.join(who)} {'has' if len(who) == 1 else 'have'} no {what}" for what, who in by_fault.items()]
+        return ", ".join(parts) + (f"; nearest: {self.nearest}" if self.nearest else "")
 
 
 @dataclass(frozen=True)
@@ -72,6 +56,12 @@ class Target:
         activations: Default scheme of activations.
         weights: Default scheme of weights.
         operators: Rules by canonical operator kind; a kind that is absent stays float.
+        floats: What computes an operator that has no integer form.
+        layout: Order of the dimensions of images in the target's artifacts.
+        mixed_dtypes: Whether an operator may read activations of another integer type than it writes.
+        multiplier_below: Every requantization multiplier `s_x * s_w / s_y` must be below this; None for no limit.
+        sources: Where the facts come from.
+        parts: The single targets of an intersection; empty for a single one.
     """
 
     name: str
@@ -82,14 +72,29 @@ class Target:
     activations: Scheme
     weights: Scheme
     operators: Mapping[str, OperatorRule]
+    floats: Floats = "float32"
+    layout: Layout = "NCHW"
+    mixed_dtypes: bool = True
+    multiplier_below: float | None = None
+    sources: tuple[str, ...] = ()
+    parts: tuple[Target, ...] = ()
+
+    @property
+    def singles(self) -> tuple[Target, ...]:
+        """The single targets that this one is made of."""
+        return self.parts or (self,)
 
     def intersect(self, other: Target) -> Target:
-        """Return the target that both devices satisfy; default schemes and the numerics are those of `self`.
+        """Return the target that all devices of both satisfy.
+
+        Default schemes, the numerics and the layout are those of `self`: the first target that is named is the one whose
+        arithmetic is simulated, and packages for the others convert codes and layouts without changing a value.
 
         Raises:
             TargetError: Their rules contradict each other.
         """
         kinds = [kind for kind in self.operators if kind in other.operators]
+        limits = [t.multiplier_below for t in (self, other) if t.multiplier_below is not None]
         return Target(
             name=f"{self.name}+{other.name}",
             title=f"{self.title}; {other.title}",
@@ -99,23 +104,81 @@ class Target:
             activations=self.activations,
             weights=self.weights,
             operators={kind: self.operators[kind].intersect(other.operators[kind], kind) for kind in kinds},
+            floats=max(self.floats, other.floats, key=get_args(Floats).index),
+            layout=self.layout,
+            mixed_dtypes=self.mixed_dtypes and other.mixed_dtypes,
+            multiplier_below=min(limits, default=None),
+            sources=tuple(dict.fromkeys((*self.sources, *other.sources))),
+            parts=(*self.singles, *other.singles),
         )
 
-    def refusal(self, kind: str, activation: str, weight: Scheme | None) -> str | None:
-        """Say why the target cannot execute an operator in integers, or return None where it can.
-
-        Args:
-            kind: Canonical operator kind.
-            activation: dtype of its activations.
-            weight: Scheme of its weight, if it has one.
-        """
+    def rule(self, kind: str, function: str = "") -> OperatorRule | None:
+        """Return the rule of a kind (of a function, where the rule of `table` tells them apart), or None."""
         rule = self.operators.get(kind)
-        if rule is None:
-            return f"{self.name} has no integer {kind}"
-        pair = (activation, weight.dtype if weight else "")
-        if pair not in rule.dtypes:
-            legal = ", ".join("/".join(filter(None, p)) for p in sorted(rule.dtypes)) or "none"
-            return f"{self.name} has no {'/'.join(filter(None, pair))} {kind} (legal: {legal})"
-        if weight and weight.granularity.kind not in rule.granularity:
-            return f"{self.name} has no {weight.granularity.kind} weights for {kind}"
-        return None
+        if rule is None or not function or rule.functions is None:
+            return rule
+        return rule.functions.get(function)
+
+    def refusal(self, use: Use) -> Refusal | None:
+        """Say which targets cannot execute an operator in integers, why, and what is legal; None where all can."""
+        faults = [(target, fault) for target in self.singles if (fault := target._fault(use)) is not None]
+        if not faults:
+            return None
+        return Refusal(
+            targets=tuple(target.name for target, _ in faults),
+            faults=tuple(fault for _, fault in faults),
+            nearest=self.nearest(use),
+            hard=any(target.floats == "none" for target, _ in faults),
+        )
+
+    def _fault(self, use: Use) -> str | None:
+        rule = self.rule(use.kind, use.function)
+        if rule is None or not rule.dtypes:
+            return f"integer {use.title}"
+        fault = rule.fault(use)
+        others = sorted(use.operands - {use.activation.dtype})
+        if fault is None and others and not self.mixed_dtypes:
+            return f"{use.title} that reads {', '.join(others)} and writes {use.activation.dtype}"
+        return fault
+
+    def nearest(self, use: Use) -> str:
+        """Return the legal configuration that differs least from a use, such as `uint16/int8 per_tensor`, or "".
+
+        Types of as many bits are nearer than others, more bits nearer than fewer, and the activations' type is kept
+        before the weight's.
+        """
+        rule = self.rule(use.kind, use.function)
+        if rule is None or not rule.dtypes:
+            return next((r.instead for t in self.singles if (r := t.rule(use.kind, use.function)) and r.instead), "")
+        if any(t.rule(use.kind, use.function) is None for t in self.singles) or rule.shape_fault(use):
+            return ""
+        pair = min(sorted(rule.dtypes), key=lambda pair: (_distance(pair[0], use.pair[0]), _distance(pair[1], use.pair[1])))
+        text = "/".join(filter(None, pair))
+        if use.weight is not None and use.weight.granularity.kind not in rule.granularity:
+            text += f" {sorted(rule.granularity)[0]}"
+        schemes = {"activations": use.activation, "weights": use.weight}
+        wanted = [w for w in sorted(rule.symmetric) if (s := schemes[w]) is not None and asymmetric(s)]
+        if wanted:
+            text += f" with symmetric {' and '.join(wanted)}"
+        if use.operands - {pair[0]} and not self.mixed_dtypes:
+            text += " read and written"
+        return text
+
+
+def _distance(legal: str, wanted: str) -> tuple[int, int, bool]:
+    """How far a type is from the wanted one: fewer bits, more bits, other sign."""
+    if not legal or not wanted:
+        return 0, 0, False
+    a, b = int_type(legal), int_type(wanted)
+    # of two types as far away, the one with more bits keeps the accuracy
+    return abs(a.bits - b.bits), int(a.bits < b.bits), a.signed != b.signed
+
+
+def rules(target: Target) -> Iterable[tuple[str, str, OperatorRule]]:
+    """Every rule of a target: kind, function ("" but for functions with their own), rule."""
+    for kind, rule in target.operators.items():
+        if rule.functions is None:
+            yield kind, "", rule
+        else:
+            for name in rule.functions:
+                yield kind, name, function_rule(rule, name)

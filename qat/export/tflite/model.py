@@ -13,6 +13,7 @@ from torch import Tensor
 from qat.errors import ExportError, StateError
 from qat.export.difference import Level
 from qat.export.model import execute, split
+from qat.export.multipliers import refuse_multipliers
 from qat.export.tflite.verify import TfliteResult, export_tflite_program
 from qat.export.tflite.writer import IO
 from qat.graph.batches import model_inputs
@@ -52,12 +53,13 @@ def export_tflite(
 
     Raises:
         StateError: The model was not calibrated, or there are no samples to verify on.
-        ExportError: A tensor or an operator has no int8 form in TFLite (named), an accumulator may overflow, or
-            ai-edge-litert is not installed.
+        ExportError: A tensor or an operator has no int8 form in TFLite (named), an accumulator may overflow, a
+            multiplier is larger than the target allows, or ai-edge-litert is not installed.
         VerificationError: The runtime's result differs by more than the bounds.
         OutputError: The file cannot be written.
     """
     imodel = convert(qmodel, "tflite").to(torch.device("cpu"))
+    refuse_multipliers(imodel.program, qmodel.plan)
     constants = {key: replace(c, value=c.value.cpu()) for key, c in imodel.program.constants.items()}
     if qmodel.plan.batch_size is not None:
         batch_size = qmodel.plan.batch_size
