@@ -7,20 +7,19 @@ from qat.errors import ExportError
 from qat.graph.plan import Plan
 from qat.integer.program import Program
 
-_PRODUCTS = frozenset({"conv", "conv_transpose", "linear", "matmul"})
+_PRODUCTS = frozenset({"conv", "conv_transpose", "linear", "matmul", "mul"})
 
 
 def refuse_multipliers(program: Program, plan: Plan) -> None:
-    """Refuse a network with a multiplier `s_x * s_w / s_y` that is not below the bound of its target.
+    """Refuse a network with a multiplier `s_a * s_b / s_y` that is not below the bound of its target.
 
     Raises:
         ExportError: There is one; layer and numbers are named.
     """
-    bound = plan.constraints.multiplier_below
-    if bound is None:
-        return
+    bounds = plan.constraints.multiplier_below
     for op in program.ops:
-        if op.kind not in _PRODUCTS:
+        bound = bounds.get(op.kind)
+        if bound is None or op.kind not in _PRODUCTS:
             continue
         x, w, y = (_encoding(program, name) for name in (*op.inputs[:2], op.outputs[0]))
         if x is None or w is None or y is None:

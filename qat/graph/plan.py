@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,13 +89,13 @@ class Constraints:
 
     Attributes:
         dynamic_batch: Whether the batch size may be left open.
-        multiplier_below: Bound of every requantization multiplier, or None.
+        multiplier_below: Bounds of requantization multipliers by kind of operator; kinds that are absent have none.
         layout: Order of the dimensions of images in the target's artifacts.
         floats: What computes operators that have no integer form.
     """
 
     dynamic_batch: bool = True
-    multiplier_below: float | None = None
+    multiplier_below: Mapping[str, float] = field(default_factory=dict)
     layout: Layout = "NCHW"
     floats: Floats = "float32"
 

@@ -41,7 +41,8 @@ def plan_graph(graph: OpGraph, target: Target, schemes: Schemes) -> Plan:
     if not any(e.computed for e in operators):
         first = next((f"{e.name}: {e.reason}" for e in operators if e.decision != "fused"), "it has no operators")
         raise PlanError(f"the model has nothing to quantize ({first})", "check the target, the scheme and the layers")
-    constraints = Constraints(target.dynamic_batch, target.multiplier_below, target.layout, target.floats)
+    bounds = {kind: r.multiplier_below for kind, r in target.operators.items() if r.multiplier_below is not None}
+    constraints = Constraints(target.dynamic_batch, bounds, target.layout, target.floats)
     return Plan(target.name, target.numerics, entries, tuple(_without_effect(graph, schemes)), constraints=constraints)
 
 
@@ -234,6 +235,8 @@ class _Planner:
         _check(scheme, op.weight.key, "weight")
         if scheme.granularity.kind == "per_tensor":
             return scheme
+        if self._by_tensor_only(op, scheme):
+            return scheme.with_(granularity=Granularity())
         if scheme.granularity.kind == "per_group":
             # runs of input channels: the blocks of ONNX's DequantizeLinear along the axis that is summed over
             return scheme.with_(granularity=Granularity("per_group", 1, scheme.granularity.size))
@@ -243,6 +246,12 @@ class _Planner:
             grouped = op.attrs.get("groups", 1) > 1
             return scheme.with_(granularity=Granularity() if grouped else Granularity("per_channel", 1))
         return scheme.with_(granularity=Granularity("per_channel", 0))
+
+    def _by_tensor_only(self, op: GraphOp, scheme: Scheme) -> bool:
+        """Whether the target's own default is by channel, and it has the operator by tensor only: the default gives way."""
+        rule = self.target.rule(op.kind)
+        default = self.target.weights.granularity.kind == scheme.granularity.kind == "per_channel"
+        return default and rule is not None and rule.granularity == {"per_tensor"}
 
     # -- which values need codes
 
@@ -349,7 +358,9 @@ class _Planner:
         norm = fusion.batch_norm
         reasons = [f"with {norm.name} folded in"] if norm else []
         if scheme != self.schemes.weight(op.name) and scheme is not None and scheme.granularity.kind == "per_tensor":
-            reasons.append("one scale: the groups share the channel axis")
+            whole = self._by_tensor_only(op, self.schemes.weight(op.name))
+            cause = f"{self.target.name} has no other for {op.kind}" if whole else "the groups share the channel axis"
+            reasons.append(f"one scale: {cause}")
         return PlanEntry(
             op.weight.key, "weight", op.kind, "integer", scheme, op.weight.key, macs=0,
             source_tensor=norm.name if norm else None, reason="; ".join(reasons),

@@ -7,6 +7,8 @@ from typing import Any
 
 from qat.graph.opgraph import GraphOp
 
+_CLAMPS: Mapping[tuple[Any, Any], str] = {(0, None): "relu", (0, 6): "relu6", (-1, 1): "relu_n1_to_1"}
+
 
 def traits(op: GraphOp, kind: str, attrs: Mapping[str, Any]) -> dict[str, int]:
     """The numbers that `qat.targets.rule.LIMITS` bounds, as far as an operator (or a step of a chain) has them."""
@@ -26,5 +28,7 @@ def traits(op: GraphOp, kind: str, attrs: Mapping[str, Any]) -> dict[str, int]:
 
 
 def mode_of(kind: str, attrs: Mapping[str, Any]) -> str:
-    """The mode of a `resize` (nearest or linear, whatever the number of dimensions) or `pad`; "" for other kinds."""
+    """The mode of a `resize`, `pad` or `clamp`, as target files name them; "" for other kinds."""
+    if kind == "clamp":
+        return _CLAMPS.get((attrs.get("low"), attrs.get("high")), "other")
     return str(attrs.get("mode", "")) if kind in ("resize", "pad") else ""

@@ -9,17 +9,17 @@ Schema of a target file, version 2 (YAML; `?` marks what may be left out):
     floats? (float32|float16|none): what computes an operator without integer form; float32
     layout? (NCHW|NHWC): of images in the target's artifacts; NCHW
     mixed_dtypes? (bool): operators may read another activation type than they write; true
-    multiplier_below?: every requantization multiplier is below this number; no limit
     symmetric?: [weights, activations]: those of a signed type have zero point 0
     activations, weights: {dtype, symmetric, granularity, qmin, qmax, observer}
         observer: a name, or {name: ..., <option>: ...}; minmax where it is left out
     dtypes: {<set name>: [[activation dtype, weight dtype], ...], ...}     named sets of legal dtype tuples
     operators: {<kind>: <rule>}
         rule: {dtypes: <set name>, granularity?: [...], output?: own|inherit|tie|fixed, fixed?: ..., limits?: ...,
-               modes?: [...], symmetric?: [...]}, or {instead: <text>} for what has no integer form
+               modes?: [...], symmetric?: [...], multiplier_below?: number}, or {instead: <text>} for what has no integer form
         fixed: [low, high], or {<activation dtype>: [low, high]}; types that are not named have a range of their own
         limits: {dilation|groups|rank|spatial: largest legal number}
-        modes: of resize and pad
+        modes: of resize (nearest, linear), pad (constant, reflect, replicate), clamp (relu, relu6, relu_n1_to_1, other)
+        multiplier_below: the scales of the operands over that of the result; checked when a network is exported
         functions, of table: {<function>: <rule>}; keys that are left out are those of the rule of table
 
 A file that extends another one has its own schema, name, title and version; what else it does not say is that of the

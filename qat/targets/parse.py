@@ -16,12 +16,15 @@ SEE = "see the schema in qat.targets.load"
 _REQUIRED = (
     "schema", "name", "title", "version", "numerics", "dynamic_batch", "activations", "weights", "dtypes", "operators",
 )  # fmt: skip
-_OPTIONAL = ("extends", "sources", "floats", "layout", "mixed_dtypes", "multiplier_below", "symmetric")
-_RULE_KEYS = {"dtypes", "granularity", "output", "fixed", "functions", "limits", "modes", "symmetric", "instead"}
+_OPTIONAL = ("extends", "sources", "floats", "layout", "mixed_dtypes", "symmetric")
+_RULE_KEYS = {
+    "dtypes", "granularity", "output", "fixed", "functions", "limits", "modes", "symmetric", "multiplier_below", "instead",
+}  # fmt: skip
 _SCHEME_KEYS = {"dtype", "symmetric", "granularity", "qmin", "qmax", "observer"}
 _WEIGHTED = {"conv", "conv_transpose", "linear"}
 #: kinds of which a rule can name modes
 _MODES: Mapping[str, frozenset[str]] = {
+    "clamp": frozenset({"relu", "relu6", "relu_n1_to_1", "other"}),
     "pad": frozenset({"constant", "reflect", "replicate"}),
     "resize": frozenset({"nearest", "linear"}),
 }
@@ -65,7 +68,6 @@ def make_target(data: Mapping[str, Any], source: str) -> Target:
         floats=_choice(data.get("floats", "float32"), get_args(Floats), f"{source}: floats"),
         layout=_choice(data.get("layout", "NCHW"), get_args(Layout), f"{source}: layout"),
         mixed_dtypes=_flag(data, "mixed_dtypes", True, source),
-        multiplier_below=_positive(data.get("multiplier_below"), f"{source}: multiplier_below"),
         sources=_texts(data.get("sources", []), f"{source}: sources"),
     )
 
@@ -185,6 +187,7 @@ def _rule(
         functions=_functions(data, sets, symmetric, kind, where),
         limits=_limits(data.get("limits", {}), where),
         modes=_modes(data, kind, where),
+        multiplier_below=_positive(data.get("multiplier_below"), f"{where}.multiplier_below"),
         symmetric=own if kind in _WEIGHTED else own - {"weights"},
     )
 
@@ -221,7 +224,7 @@ def _modes(data: Mapping[str, Any], kind: str, where: str) -> frozenset[str] | N
     if "modes" not in data:
         return None
     if kind not in _MODES:
-        raise TargetError(f"{where} has the unknown key 'modes'", f"only {' and '.join(_MODES)} have modes")
+        raise TargetError(f"{where} has the unknown key 'modes'", f"only {', '.join(sorted(_MODES))} have modes")
     return _names(data["modes"], _MODES[kind], f"{where}.modes")
 
 

@@ -48,7 +48,7 @@ class Use:
         activation: Scheme of its result.
         weight: Scheme of its weight, or None.
         function: Of kind `table`, the function.
-        mode: Of `resize` and `pad`, the mode.
+        mode: Of `resize` and `pad`, the mode; of `clamp`, `relu`, `relu6`, `relu_n1_to_1` or `other`.
         traits: What `LIMITS` bounds, as far as the operator has it.
         operands: Integer types of the activations that it reads.
     """
@@ -83,8 +83,10 @@ class OperatorRule:
         fixed: Where `output` is `fixed`, the prescribed range by activation dtype; other dtypes have a range of their own.
         functions: Of `table`, the legal functions with their own rules; None where every function is legal.
         limits: Upper bounds, by the names of `LIMITS`.
-        modes: Legal modes of `resize` and `pad`; None for all.
+        modes: Legal modes of `resize`, `pad` and `clamp`; None for all.
         symmetric: What must have zero point 0 where its type is signed.
+        multiplier_below: Every requantization multiplier (scales of the operands over that of the result) must be below
+            this; None for no limit. It is known after calibration only, so that exporting checks it.
         instead: What to write instead of an operator that has no legal dtypes.
     """
 
@@ -96,6 +98,7 @@ class OperatorRule:
     limits: Mapping[str, int] = field(default_factory=dict)
     modes: frozenset[str] | None = None
     symmetric: frozenset[Symmetric] = frozenset()
+    multiplier_below: float | None = None
     instead: str = ""
 
     def fault(self, use: Use) -> str | None:
@@ -154,6 +157,9 @@ class OperatorRule:
             limits={**other.limits, **{k: min(v, other.limits.get(k, v)) for k, v in self.limits.items()}},
             modes=self.modes if other.modes is None else other.modes if self.modes is None else self.modes & other.modes,
             symmetric=self.symmetric | other.symmetric,
+            multiplier_below=min(
+                (m for m in (self.multiplier_below, other.multiplier_below) if m is not None), default=None
+            ),
             instead=self.instead or other.instead,
         )
 

@@ -59,7 +59,6 @@ class Target:
         floats: What computes an operator that has no integer form.
         layout: Order of the dimensions of images in the target's artifacts.
         mixed_dtypes: Whether an operator may read activations of another integer type than it writes.
-        multiplier_below: Every requantization multiplier `s_x * s_w / s_y` must be below this; None for no limit.
         sources: Where the facts come from.
         parts: The single targets of an intersection; empty for a single one.
     """
@@ -75,7 +74,6 @@ class Target:
     floats: Floats = "float32"
     layout: Layout = "NCHW"
     mixed_dtypes: bool = True
-    multiplier_below: float | None = None
     sources: tuple[str, ...] = ()
     parts: tuple[Target, ...] = ()
 
@@ -94,7 +92,6 @@ class Target:
             TargetError: Their rules contradict each other.
         """
         kinds = [kind for kind in self.operators if kind in other.operators]
-        limits = [t.multiplier_below for t in (self, other) if t.multiplier_below is not None]
         return Target(
             name=f"{self.name}+{other.name}",
             title=f"{self.title}; {other.title}",
@@ -107,7 +104,6 @@ class Target:
             floats=max(self.floats, other.floats, key=get_args(Floats).index),
             layout=self.layout,
             mixed_dtypes=self.mixed_dtypes and other.mixed_dtypes,
-            multiplier_below=min(limits, default=None),
             sources=tuple(dict.fromkeys((*self.sources, *other.sources))),
             parts=(*self.singles, *other.singles),
         )

@@ -376,8 +376,16 @@ class Context:
 
     def _guard(self, source: str, encoding: Encoding, base: str) -> str:
         """A Max that changes no code of `encoding`, and that the runtime moves nothing across."""
-        low = self.scalar(whole(encoding).representable()[0], f"{base}/lowest")
+        low = self._lowest(encoding, base)
         return self.node("Max", [source, low], [self.fresh(f"{base}/guarded")], where=base)
+
+    def _lowest(self, encoding: Encoding, base: str) -> str:
+        """The smallest value of `encoding`, dequantized from its code: Hexagon computes with no float constant."""
+        if int_type(encoding.dtype).bits < 8 or not encoding.per_tensor:
+            return self.scalar(whole(encoding).representable()[0], f"{base}/lowest")
+        code = np.array(int_type(encoding.dtype).qmin)
+        codes = self.add_initializer(integer_tensor(self.fresh(f"{base}/lowest/codes"), code, encoding.dtype))
+        return self._dequantize(codes, encoding, self.fresh(f"{base}/lowest"), base, ())
 
     def shielded(self, source: str, name: str) -> str:
         """Return the float `source` of quantized tensor `name`, so that the layer behind it stays a float layer.
