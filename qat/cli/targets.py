@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from qat.cli.options import Json
-
-if TYPE_CHECKING:
-    from qat.targets import Target
 
 
 def register(app: typer.Typer) -> None:
@@ -27,12 +24,12 @@ def targets(
     """List the targets, or show what one (or the intersection of several) can execute in integers."""
     import json
 
-    from qat.targets import load_target
-    from qat.targets.load import target_names
+    from qat.targets import load_target, target_names
+    from qat.targets.table import describe, to_json
 
     if names:
         target = load_target(*names)
-        print(json.dumps(_to_json(target), indent=1) if as_json else _table(target))
+        print(json.dumps(to_json(target), indent=1) if as_json else describe(target))
         return
     known = [load_target(name) for name in target_names()]
     if as_json:
@@ -40,40 +37,3 @@ def targets(
         return
     width = max(len(t.name) for t in known)
     print("\n".join(f"{t.name.ljust(width)}  {t.title} (version {t.version})" for t in known))
-
-
-def _pairs(pairs: frozenset[tuple[str, str]]) -> list[str]:
-    return sorted("/".join(filter(None, pair)) for pair in pairs)
-
-
-def _to_json(target: Target) -> dict[str, Any]:
-    return {
-        "name": target.name,
-        "title": target.title,
-        "version": target.version,
-        "numerics": target.numerics,
-        "dynamic_batch": target.dynamic_batch,
-        "activations": target.activations.describe(),
-        "weights": target.weights.describe(),
-        "operators": {
-            kind: {
-                "dtypes": _pairs(rule.dtypes),
-                "granularity": sorted(rule.granularity),
-                "output": rule.output,
-                "fixed": None if rule.fixed is None else list(rule.fixed),
-            }
-            for kind, rule in target.operators.items()
-        },
-    }
-
-
-def _table(target: Target) -> str:
-    rows = [("operator", "output", "activation/weight types")]
-    for kind, rule in target.operators.items():
-        output = rule.output if rule.fixed is None else f"fixed {list(rule.fixed)}"
-        rows.append((kind, output, ", ".join(_pairs(rule.dtypes))))
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [f"{target.name}: {target.title} (version {target.version}), numerics {target.numerics}"]
-    lines += [f"activations {target.activations.describe()}, weights {target.weights.describe()}", ""]
-    lines += ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(lines)

@@ -248,7 +248,7 @@ class _Planner:
         return scheme.with_(granularity=Granularity("per_channel", 0))
 
     def _by_tensor_only(self, op: GraphOp, scheme: Scheme) -> bool:
-        """Whether the target's own default is by channel, and it has the operator by tensor only: the default gives way."""
+        """Whether a default by channel gives way, because the target has the operator by tensor only."""
         rule = self.target.rule(op.kind)
         default = self.target.weights.granularity.kind == scheme.granularity.kind == "per_channel"
         return default and rule is not None and rule.granularity == {"per_tensor"}

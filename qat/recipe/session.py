@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -81,13 +82,17 @@ class Session:
         """Two images on the device of the model."""
         return steps.example_inputs(self.spec, self.data if with_data else None).to(self.device)
 
-    def plan(self) -> Plan:
-        """The plan; the data need not be there where the recipe tells the shape of the images."""
+    def plan(self, target: Sequence[str] | None = None) -> Plan:
+        """The plan, for other targets than the recipe's where they are given.
+
+        The data need not be there where the recipe tells the shape of the images.
+        """
         try:
             example = self.example(with_data=False)
         except DataError:
             example = self.example()
-        return steps.make_plan(self.recipe, self.model, example)
+        recipe = self.recipe.model_copy(update={"target": list(target)}) if target else self.recipe
+        return steps.make_plan(recipe, self.model, example)
 
     def prepare(self) -> PreparedModel:
         """The prepared model: of the last quantized checkpoint of the run, else fresh."""

@@ -18,7 +18,8 @@ _REQUIRED = (
 )  # fmt: skip
 _OPTIONAL = ("extends", "sources", "floats", "layout", "mixed_dtypes", "symmetric")
 _RULE_KEYS = {
-    "dtypes", "granularity", "output", "fixed", "functions", "limits", "modes", "symmetric", "multiplier_below", "instead",
+    "dtypes", "granularity", "output", "fixed", "functions", "limits", "modes", "symmetric", "multiplier_below",
+    "instead",
 }  # fmt: skip
 _SCHEME_KEYS = {"dtype", "symmetric", "granularity", "qmin", "qmax", "observer"}
 _WEIGHTED = {"conv", "conv_transpose", "linear"}

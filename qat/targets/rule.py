@@ -80,7 +80,7 @@ class OperatorRule:
         dtypes: Legal pairs (activation dtype, weight dtype); the weight dtype is "" for operators without weights.
         granularity: Legal weight granularities.
         output: How the output's encoding relates to the inputs'.
-        fixed: Where `output` is `fixed`, the prescribed range by activation dtype; other dtypes have a range of their own.
+        fixed: Where `output` is `fixed`, the prescribed range by activation dtype; other dtypes have one of their own.
         functions: Of `table`, the legal functions with their own rules; None where every function is legal.
         limits: Upper bounds, by the names of `LIMITS`.
         modes: Legal modes of `resize`, `pad` and `clamp`; None for all.
@@ -155,13 +155,17 @@ class OperatorRule:
             fixed=fixed,
             functions=_functions(self, other) if mine is not None or theirs is not None else None,
             limits={**other.limits, **{k: min(v, other.limits.get(k, v)) for k, v in self.limits.items()}},
-            modes=self.modes if other.modes is None else other.modes if self.modes is None else self.modes & other.modes,
+            modes=_both(self.modes, other.modes),
             symmetric=self.symmetric | other.symmetric,
             multiplier_below=min(
                 (m for m in (self.multiplier_below, other.multiplier_below) if m is not None), default=None
             ),
             instead=self.instead or other.instead,
         )
+
+
+def _both(a: frozenset[str] | None, b: frozenset[str] | None) -> frozenset[str] | None:
+    return b if a is None else a if b is None else a & b
 
 
 def asymmetric(scheme: Scheme) -> bool:

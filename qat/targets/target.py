@@ -39,7 +39,7 @@ class Refusal:
         by_fault: dict[str, list[str]] = {}
         for target, fault in zip(self.targets, self.faults, strict=True):
             by_fault.setdefault(fault, []).append(target)
-        parts = [f"{' and '.join(who)} {'has' if len(who) == 1 else 'have'} no {what}" for what, who in by_fault.items()]
+        parts = [f"{' and '.join(who)} {'have' if who[1:] else 'has'} no {what}" for what, who in by_fault.items()]
         return ", ".join(parts) + (f"; nearest: {self.nearest}" if self.nearest else "")
 
 
@@ -85,8 +85,8 @@ class Target:
     def intersect(self, other: Target) -> Target:
         """Return the target that all devices of both satisfy.
 
-        Default schemes, the numerics and the layout are those of `self`: the first target that is named is the one whose
-        arithmetic is simulated, and packages for the others convert codes and layouts without changing a value.
+        Default schemes, the numerics and the layout are those of `self`: the first target that is named is the one
+        whose arithmetic is simulated; the others compute the same network with roundings of their own.
 
         Raises:
             TargetError: Their rules contradict each other.
@@ -148,10 +148,13 @@ class Target:
             return next((r.instead for t in self.singles if (r := t.rule(use.kind, use.function)) and r.instead), "")
         if any(t.rule(use.kind, use.function) is None for t in self.singles) or rule.shape_fault(use):
             return ""
-        pair = min(sorted(rule.dtypes), key=lambda pair: (_distance(pair[0], use.pair[0]), _distance(pair[1], use.pair[1])))
+        wanted_pair = use.pair
+        pair = min(
+            sorted(rule.dtypes), key=lambda p: (_distance(p[0], wanted_pair[0]), _distance(p[1], wanted_pair[1]))
+        )
         text = "/".join(filter(None, pair))
         if use.weight is not None and use.weight.granularity.kind not in rule.granularity:
-            text += f" {sorted(rule.granularity)[0]}"
+            text += f" {min(rule.granularity)}"
         schemes = {"activations": use.activation, "weights": use.weight}
         wanted = [w for w in sorted(rule.symmetric) if (s := schemes[w]) is not None and asymmetric(s)]
         if wanted:

@@ -1,0 +1,130 @@
+"""Qualcomm's HTP emulator, which comes with onnxruntime-qnn, as the executor of exported models.
+
+The QNN execution provider takes every operator that it can, and two of its habits hide what it did: an unknown
+`htp_arch` is v68, and an operator that has no integer form is computed in float16 between Dequantize and Quantize
+inside the graph, which is no fallback. So a session here is strict, and the graph that the compiler was given is read
+back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from qat.errors import ExportError
+
+#: generations of the HTP that the emulator knows
+ARCHITECTURES = (68, 69, 73, 75, 79, 81)
+_PROVIDER = "QNNExecutionProvider"
+#: QNN's numbers of float32 and float16, and of the tensors that are inputs and outputs of the graph
+_FLOATS = (0x0232, 0x0216)
+_BORDERS = (0, 1)
+
+
+@dataclass(frozen=True)
+class HtpGraph:
+    """What the compiler was given.
+
+    Attributes:
+        operators: Types of the operators, in the compiler's spelling, by name.
+        floats: Names of the tensors inside the graph that are not integer; inputs and outputs may be float.
+    """
+
+    operators: dict[str, str]
+    floats: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class HtpSession:
+    """A model that is ready to run on the emulator.
+
+    Attributes:
+        session: The `onnxruntime.InferenceSession`.
+        graph: The graph that it executes.
+    """
+
+    session: Any
+    graph: HtpGraph
+
+
+def available() -> bool:
+    """Whether onnxruntime-qnn is installed."""
+    return find_spec("onnxruntime_qnn") is not None
+
+
+@contextmanager
+def htp_session(model: str | Path, arch: int) -> Iterator[HtpSession]:
+    """Open an ONNX model on the HTP emulator, with nothing left to the CPU.
+
+    Args:
+        model: Path of the model; its shapes are static.
+        arch: Generation of the HTP, one of `ARCHITECTURES`.
+
+    Raises:
+        ExportError: onnxruntime-qnn is not installed, the generation is unknown, or the emulator cannot execute the
+            whole model.
+    """
+    if not available():
+        raise ExportError("the HTP emulator needs onnxruntime-qnn", "pip install 'qat[hexagon]'")
+    if arch not in ARCHITECTURES:
+        raise ExportError(f"the HTP emulator has no v{arch}", f"use one of {', '.join(map(str, ARCHITECTURES))}")
+    with TemporaryDirectory(prefix="qat-htp-") as folder:
+        session = _open(str(model), arch, folder)
+        yield HtpSession(session, read_graph(Path(folder)))
+
+
+def _open(model: str, arch: int, folder: str) -> Any:
+    import onnxruntime
+    import onnxruntime_qnn
+
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == _PROVIDER]
+    if not devices:
+        onnxruntime.register_execution_provider_library(_PROVIDER, onnxruntime_qnn.get_library_path())
+        devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == _PROVIDER]
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    settings = {
+        "backend_path": onnxruntime_qnn.get_qnn_htp_path(),
+        "htp_arch": str(arch),
+        "offload_graph_io_quantization": "1",
+        "dump_json_qnn_graph": "1",
+        "json_qnn_graph_dir": folder,
+    }
+    options.add_provider_for_devices([devices[0]], settings)
+    try:
+        return onnxruntime.InferenceSession(model, options)
+    # ONNX Runtime's exceptions have no common public base
+    except Exception as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ExportError(
+            f"HTP v{arch} cannot execute all of {model} ({cause})", "see what `qat plan` says of the target"
+        ) from error
+
+
+def read_graph(folder: Path) -> HtpGraph:
+    """Read the graphs that the provider has written to a folder (`dump_json_qnn_graph`).
+
+    Raises:
+        ExportError: There is none.
+    """
+    files = [path for path in sorted(folder.glob("*.json")) if not path.stem.endswith("_tensor_log")]
+    if not files:
+        raise ExportError("the HTP emulator has written no graph", "report this: without it nothing is known")
+    operators: dict[str, str] = {}
+    floats: list[str] = []
+    for path in files:
+        graph = json.loads(path.read_text(encoding="utf-8"))["graph"]
+        operators.update({name: node["type"] for name, node in graph["nodes"].items()})
+        floats += [
+            name
+            for name, tensor in graph["tensors"].items()
+            if tensor["data_type"] in _FLOATS and tensor["type"] not in _BORDERS
+        ]
+    return HtpGraph(operators, tuple(floats))
