@@ -84,12 +84,16 @@ def _read(name: str, folder: Path) -> tuple[str, str, Path]:
             raise TargetError(f"cannot read target file {path} ({error.strerror})", "give an existing file") from None
         except UnicodeDecodeError:
             raise TargetError(f"{path} is not text in UTF-8", "give a target file") from None
-    if name not in target_names():
-        near = difflib.get_close_matches(name, target_names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(target_names())}"
-        raise TargetError(f"unknown target {name!r}", hint)
+    _require(name, f"unknown target {name!r}")
     entry = resources.files("qat.targets").joinpath(name.replace("-", "_") + ".yaml")
     return entry.read_text(encoding="utf-8"), entry.name, folder
+
+
+def _require(name: str, cause: str) -> None:
+    names = target_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1)
+        raise TargetError(cause, f"did you mean {near[0]}?" if near else f"choose from {', '.join(names)}")
 
 
 def parse_target(text: str, source: str, folder: Path | None = None) -> Target:
@@ -114,6 +118,8 @@ def _merged(text: str, source: str, folder: Path, above: tuple[str, ...]) -> dic
         return data
     if not isinstance(base, str):
         raise TargetError(f"{source}: extends is {base!r}", "write the name of one target")
+    if not base.endswith((".yaml", ".yml")):
+        _require(base, f"{source} extends the unknown target {base!r}")
     for key in _OWN:
         if key not in data:
             raise TargetError(f"{source} lacks the key {key!r}", "add it: a target does not take it from another")

@@ -163,7 +163,7 @@ def _rule(
     data = _mapping(data, where)
     _known(data, _RULE_KEYS - {"functions"} if inner else _RULE_KEYS, where)
     if "instead" in data:
-        if not isinstance(data["instead"], str) or not data["instead"] or set(data) - {"instead", "dtypes"}:
+        if not isinstance(data["instead"], str) or not data["instead"] or set(data) - {"instead"}:
             raise TargetError(f"{where}: instead is {data['instead']!r}", "write a text, and no other key beside it")
         return OperatorRule(dtypes=frozenset(), instead=data["instead"])
     if not isinstance(data.get("dtypes"), str) or data["dtypes"] not in sets:

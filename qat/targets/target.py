@@ -39,7 +39,7 @@ class Refusal:
         by_fault: dict[str, list[str]] = {}
         for target, fault in zip(self.targets, self.faults, strict=True):
             by_fault.setdefault(fault, []).append(target)
-        parts = [f"{' and '.join(who)} {'have' if who[1:] else 'has'} no {what}" for what, who in by_fault.items()]
+        parts = [f"{_listed(who)} {'have' if who[1:] else 'has'} no {what}" for what, who in by_fault.items()]
         return ", ".join(parts) + (f"; nearest: {self.nearest}" if self.nearest else "")
 
 
@@ -162,6 +162,10 @@ class Target:
         if use.operands - {pair[0]} and not self.mixed_dtypes:
             text += " read and written"
         return text
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def _distance(legal: str, wanted: str) -> tuple[int, int, bool]:

@@ -105,6 +105,21 @@ def test_plan_needs_no_data(tmp_path: Path, capsys: Out) -> None:
     assert json.loads(capsys.readouterr().out)["target"] == "arm-cpu"
 
 
+def test_plan_for_other_targets(tmp_path: Path, capsys: Out) -> None:
+    recipe = write(tmp_path)
+    names = ["--target", "arm-cpu", "--target", "hexagon-v73", "--target", "apu"]
+    assert main(["plan", recipe, *names, "scheme.activations.dtype=uint16", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["target"] == "arm-cpu+hexagon-v73+apu"
+    layers = [t for t in made["tensors"] if t["kind"] == "linear" and t["role"] == "activation"]
+    assert layers
+    assert all(t["refused_by"] == ["arm-cpu", "apu"] and t["nearest"] == "uint8/int8" for t in layers)
+    assert {t["forecast"] for t in layers} == {"refused"}
+    assert main(["plan", recipe, "target=hexagon-v73", "--summary"]) == 0
+    assert "hexagon-v73, numerics onnx" in capsys.readouterr().out
+    fails(capsys, ["plan", recipe, "--target", "hexagon-v74"], 2, "unknown target 'hexagon-v74'; did you mean")
+
+
 def test_calibrate_export_verify_compare_from_a_recipe(tmp_path: Path, capsys: Out) -> None:
     recipe, table, file = write(tmp_path), str(tmp_path / "e.json"), str(tmp_path / "m.onnx")
     assert main(["calibrate", recipe, "--out", table, "--images", "64"]) == 0
@@ -173,6 +188,10 @@ def test_targets_and_env(capsys: Out) -> None:
     assert json.loads(capsys.readouterr().out)["name"] == "arm-cpu+onnxruntime-cpu"
     assert main(["targets", "arm-cpu"]) == 0
     assert "softmax" in capsys.readouterr().out
+    assert main(["targets", "hexagon-v73", "apu"]) == 0
+    out = capsys.readouterr().out
+    assert "what is not integer is refused" in out
+    assert "instead: x * sigmoid(x)" in out
     fails(capsys, ["targets", "arm-cpo"], 2, "unknown target 'arm-cpo'; did you mean arm-cpu?")
     assert main(["env", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["torch"].startswith(torch.__version__.split("+")[0])

@@ -29,14 +29,15 @@ from qat.export.htp import htp_session, read_graph
 
 #: refused although the emulator has an integer operator for it: `case activations [weights granularity]` -> why
 REFUSED_ALL_THE_SAME = {
-    "pad int8": "executed with code 0 as padding: wrong",
-    "pad_value int8": "a constant padding, as pad",
-    "log uint16": "executed, wrong by the whole range",
+    "pad int8": "wrong: executed with code 0 as padding",
+    "pad_value int8": "right, but the rule of pad does not tell values apart",
+    "pad_reflect int8": "right, but the rule of pad does not tell modes apart by type",
+    "log uint16": "wrong by the whole range",
 }
 #: codes that one operator may differ by on v73 and later
 TOLERANCE = {"uint8": 1.0, "int8": 1.0, "uint16": 8.0}
 #: 16-bit results of approximations: their own bounds, in codes of 65536, on every generation
-APPROXIMATE = {"matmul": 300, "softmax": 64, "softmax_channels": 64, "softplus": 128, "sqrt": 128, "reciprocal": 64,
+APPROXIMATE = {"matmul": 400, "softmax": 64, "softmax_channels": 64, "softplus": 128, "sqrt": 128, "reciprocal": 64,
                "gelu": 32, "div": 16, "concat_requantized": 128}  # fmt: skip
 #: v68 and v69: 16-bit products
 OLD = 40.0
@@ -107,14 +108,17 @@ def check(name: str, activations: str, arch: int, folder: Path, **weights: str) 
     try:
         with htp_session(folder / "m.onnx", arch) as opened:
             floats, session = opened.graph.floats, opened.session
-            if integer:
+            if integer or f"{name} {activations}" in REFUSED_ALL_THE_SAME:
                 inputs = on_grid(imodel, inputs)
                 found = float(difference(imodel, session, inputs).max())
     except ExportError as error:
         assert not integer, error
         return
     if not integer:
-        assert floats or f"{name} {activations}" in REFUSED_ALL_THE_SAME
+        why = REFUSED_ALL_THE_SAME.get(f"{name} {activations}", "")
+        assert floats or why
+        # an exception that has become right is none any longer
+        assert not why.startswith("wrong") or found > 10 * TOLERANCE[activations]
         return
     assert floats == ()
     bound = TOLERANCE[activations]
@@ -124,8 +128,10 @@ def check(name: str, activations: str, arch: int, folder: Path, **weights: str) 
     assert found <= bound + 0.01
 
 
-@pytest.mark.parametrize("name", ["conv_relu6", "conv_transpose_depthwise", "linear", "add_scalar", "softmax", "sigmoid",
-                                  "silu", "rescale", "concat_requantized", "erf"])  # fmt: skip
+@pytest.mark.parametrize("name", [
+    "conv_relu6", "conv_transpose_depthwise", "linear", "add_scalar", "softmax", "sigmoid", "silu", "rescale",
+    "concat_requantized", "erf",
+])  # fmt: skip
 def test_forecast_and_emulator_agree(name: str, tmp_path: Path) -> None:
     check(name, "uint8", 73, tmp_path)
 

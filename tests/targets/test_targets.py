@@ -13,10 +13,11 @@ from qat.errors import TargetError
 from qat.observers.registry import check_observer
 from qat.scheme import Granularity, ObserverSpec, Scheme
 from qat.targets.load import parse_target, target_names
-from qat.targets.target import KINDS, OperatorRule, Target
+from qat.targets.rule import KINDS, OperatorRule, Use
+from qat.targets.target import Target
 
 GOOD: dict[str, Any] = {
-    "schema": 1,
+    "schema": 2,
     "name": "toy",
     "title": "A toy",
     "version": "1",
@@ -59,7 +60,9 @@ def test_a_target_file() -> None:
         weights=Scheme("int8", symmetric=True, granularity=Granularity("per_channel"), qmin=-127),
         operators={
             "conv": OperatorRule(frozenset({("uint8", "int8")}), frozenset({"per_tensor", "per_channel"})),
-            "softmax": OperatorRule(frozenset({("uint8", "")}), frozenset({"per_tensor"}), "fixed", (0.0, 1.0)),
+            "softmax": OperatorRule(
+                frozenset({("uint8", "")}), frozenset({"per_tensor"}), "fixed", {"uint8": (0.0, 1.0)}
+            ),
             "add": OperatorRule(frozenset({("uint8", "")}), frozenset({"per_tensor"})),
         },
     )
@@ -68,7 +71,8 @@ def test_a_target_file() -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("schema", 2, "has schema 2; this qat reads schema 1"),
+        ("schema", 1, "has schema 1; this qat reads schema 2"),
+        ("schema", 3, "has schema 3"),
         ("schema", True, "has schema True"),
         ("schema", ..., "is not a target file"),
         ("name", ..., "lacks the key 'name'"),
@@ -77,6 +81,15 @@ def test_a_target_file() -> None:
         ("titel", "x", "unknown key 'titel'; did you mean 'title'"),
         ("numerics", "exact", "numerics 'exact'; choose onnx or tflite"),
         ("dynamic_batch", "yes please", "dynamic_batch is 'yes please'"),
+        ("floats", "int8", "floats is 'int8'; choose float32, float16, none"),
+        ("layout", "HWC", "layout is 'HWC'; choose NCHW, NHWC"),
+        ("mixed_dtypes", 1, "mixed_dtypes is 1; write true or false"),
+        ("symmetric", "weights", "symmetric is 'weights'; write a list of activations, weights"),
+        ("symmetric", ["bias"], r"symmetric is \['bias'\]"),
+        ("sources", "a book", "sources is 'a book'; write a list of texts"),
+        ("sources", [3], r"sources is \[3\]"),
+        ("extends", ["toy"], r"extends is \['toy'\]; write the name of one target"),
+        ("extends", "toi", "extends the unknown target 'toi'; choose from"),
         ("activations", "uint8", "activations is not a mapping"),
         ("activations", {}, "activations lacks the key 'dtype'"),
         ("activations.dtype", "uint7", "activations: unknown integer type 'uint7'"),
@@ -108,6 +121,24 @@ def test_a_target_file() -> None:
         ("operators.softmax.fixed", [1, 0], "low < high"),
         ("operators.softmax.fixed", [0, float("inf")], "two finite numbers"),
         ("operators.softmax.fixed", ["a", "b"], "two finite numbers"),
+        ("operators.softmax.fixed", {"int8": [0, 1]}, "fixed has the unknown key 'int8'; did you mean 'uint8'"),
+        ("operators.softmax.fixed", {"uint8": [0]}, r"fixed is \[0\]"),
+        ("operators.softmax.fixed", 1, "softmax.fixed is not a mapping"),
+        ("operators.conv.limits", {"dilatoin": 1}, "limits has the unknown key 'dilatoin'; did you mean 'dilation'"),
+        ("operators.conv.limits", {"groups": 0}, "limits.groups is 0; write a positive whole number"),
+        ("operators.conv.limits", 1, "limits is not a mapping"),
+        ("operators.conv.symmetric", ["w"], r"conv.symmetric is \['w'\]"),
+        ("operators.conv.multiplier_below", 0, "conv.multiplier_below is 0; write a positive number"),
+        ("operators.conv.multiplier_below", float("inf"), "multiplier_below is inf"),
+        ("operators.conv.modes", ["nearest"], "unknown key 'modes'; only clamp, pad, resize have modes"),
+        ("operators.resize", {"dtypes": "plain", "modes": ["cubic"]}, r"modes is \['cubic'\]; write a list of linear"),
+        ("operators.add.functions", {}, "unknown key 'functions'; only the rule of table has functions"),
+        ("operators.add.instead", "sub", "instead is 'sub'; write a text, and no other key"),
+        ("operators.mul", {"instead": ""}, "instead is ''"),
+        ("operators.table", {"dtypes": "plain", "functions": ["exp"]}, "table.functions is not a mapping"),
+        ("operators.table", {"dtypes": "plain", "functions": {"expp": {}}}, "functions has the unknown key 'expp'"),
+        ("operators.table", {"dtypes": "plain", "functions": {"exp": 1}}, "table.functions.exp is not a mapping"),
+        ("operators.table", {"dtypes": "plain", "functions": {"exp": {"dtypes": "x"}}}, "names the dtype set 'x'"),
     ],
 )
 def test_a_bad_target_file_is_refused(path: str, value: Any, message: str) -> None:
@@ -150,7 +181,7 @@ def test_loading_by_path(tmp_path: Path) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(TargetError, match=r"unknown target 'arm_cpu'; did you mean arm-cpu\?"):
         qat.load_target("arm_cpu")
-    with pytest.raises(TargetError, match="unknown target 'zzz'; choose from arm-cpu, onnxruntime-cpu"):
+    with pytest.raises(TargetError, match="unknown target 'zzz'; choose from apu, arm-cpu"):
         qat.load_target("zzz")
     with pytest.raises(TargetError, match="no target was named"):
         qat.load_target()
@@ -161,9 +192,12 @@ def test_the_targets_that_come_with_qat(name: str) -> None:
     target = qat.load_target(name)
     assert target.name == name
     assert set(target.operators) <= KINDS
-    # the defaults are legal wherever there are weights
-    assert target.refusal("conv", target.activations.dtype, target.weights) is None
-    assert target.refusal("linear", target.activations.dtype, target.weights) is None
+    # the defaults are legal wherever there are weights; a default by channel gives way where there is one scale only
+    assert target.refusal(Use("conv", target.activations, target.weights)) is None
+    by_tensor = target.operators["linear"].granularity == {"per_tensor"}
+    weights = target.weights.with_(granularity=Granularity()) if by_tensor else target.weights
+    assert target.refusal(Use("linear", target.activations, weights)) is None
+    assert set(target.operators["linear"].granularity) >= {"per_tensor"}
     assert target.intersect(target).operators == target.operators
     for scheme in (target.activations, target.weights):
         check_observer(scheme.observer)
@@ -203,12 +237,105 @@ def test_loading_several_is_their_intersection() -> None:
     assert "div" not in met.operators
 
 
-def test_refusals_name_what_is_legal() -> None:
-    toy = parse_target(yaml.safe_dump(GOOD), "toy")
-    weights = toy.weights
-    assert toy.refusal("conv", "uint8", weights) is None
-    assert toy.refusal("mul", "uint8", None) == "toy has no integer mul"
-    assert toy.refusal("add", "int8", None) == "toy has no int8 add (legal: uint8)"
-    assert toy.refusal("conv", "int8", weights) == "toy has no int8/int8 conv (legal: uint8/int8)"
-    grouped = weights.with_(granularity=Granularity("per_group", 1, 4))
-    assert toy.refusal("conv", "uint8", grouped) == "toy has no per_group weights for conv"
+def test_what_a_file_extends_is_merged_key_by_key(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(changed("layout", "NHWC")), encoding="utf-8")
+    above = tmp_path / "sub" / "above.yaml"
+    above.parent.mkdir()
+    data = {
+        "schema": 2, "extends": "../base.yaml", "name": "above", "title": "T", "version": "2",
+        "weights": {"qmin": None}, "operators": {"add": None, "softmax": {"fixed": [0, 2]}, "mul": {"dtypes": "plain"}},
+    }  # fmt: skip
+    above.write_text(yaml.safe_dump(data), encoding="utf-8")
+    target = qat.load_target(str(above))
+    assert (target.name, target.version, target.layout) == ("above", "2", "NHWC")
+    assert set(target.operators) == {"conv", "softmax", "mul"}
+    assert target.operators["softmax"].fixed == {"uint8": (0.0, 2.0)}
+    assert target.operators["conv"] == parse_target(yaml.safe_dump(GOOD), "toy").operators["conv"]
+    assert target.weights.qmin in (None, -128)
+
+    del data["title"]
+    above.write_text(yaml.safe_dump(data), encoding="utf-8")
+    with pytest.raises(TargetError, match=r"above.yaml lacks the key 'title'; add it: a target does not take it"):
+        qat.load_target(str(above))
+
+
+def test_files_that_extend_each_other_are_refused(tmp_path: Path) -> None:
+    for mine, other in (("a", "b"), ("b", "a")):
+        data = {"schema": 2, "extends": f"{other}.yaml", "name": mine, "title": "T", "version": "1"}
+        (tmp_path / f"{mine}.yaml").write_text(yaml.safe_dump(data), encoding="utf-8")
+    with pytest.raises(TargetError, match=r"extends a.yaml, which extends it in turn"):
+        qat.load_target(str(tmp_path / "a.yaml"))
+    (tmp_path / "a.yaml").unlink()
+    with pytest.raises(TargetError, match=r"cannot read target file .*a.yaml"):
+        qat.load_target(str(tmp_path / "b.yaml"))
+
+
+def test_functions_of_the_table_have_rules_of_their_own() -> None:
+    data = changed("operators.table", {
+        "dtypes": "plain", "limits": {"rank": 4},
+        "functions": {"exp": {}, "tanh": {"output": "fixed", "fixed": [-1, 1]}, "silu": {"instead": "two operators"}},
+    })  # fmt: skip
+    toy = parse_target(yaml.safe_dump(data), "toy")
+    assert toy.rule("table", "exp") == OperatorRule(frozenset({("uint8", "")}), limits={"rank": 4})
+    tanh = toy.rule("table", "tanh")
+    assert tanh is not None
+    assert (tanh.output, tanh.fixed, tanh.limits) == ("fixed", {"uint8": (-1.0, 1.0)}, {"rank": 4})
+    assert toy.rule("table", "silu") == OperatorRule(frozenset(), instead="two operators")
+    assert toy.rule("table", "erf") is None
+    free = parse_target(yaml.safe_dump(changed("operators.table", {"dtypes": "plain"})), "free")
+    assert free.rule("table", "erf") == OperatorRule(frozenset({("uint8", "")}))
+    met = free.intersect(toy)
+    assert met.operators["table"].functions is not None
+    assert set(met.operators["table"].functions) == {"exp", "tanh", "silu"}
+    assert met.rule("table", "tanh") == toy.rule("table", "tanh")
+
+
+def test_intersection_of_conditions() -> None:
+    first, second = changed("floats", "float16"), changed("floats", "none")
+    first["mixed_dtypes"], second["layout"] = False, "NHWC"
+    first["operators"]["conv"].update(limits={"dilation": 2, "groups": 1}, symmetric=["weights"])
+    second["operators"]["conv"].update(limits={"dilation": 1, "rank": 4}, multiplier_below=1)
+    first["operators"]["resize"] = {"dtypes": "plain"}
+    second["operators"]["resize"] = {"dtypes": "plain", "modes": ["linear"]}
+    a, b = both(first, second)
+    for met in (a.intersect(b), b.intersect(a)):
+        conv = met.operators["conv"]
+        assert conv.limits == {"dilation": 1, "groups": 1, "rank": 4}
+        assert (conv.symmetric, conv.multiplier_below) == (frozenset({"weights"}), 1.0)
+        assert met.operators["resize"].modes == frozenset({"linear"})
+        assert (met.floats, met.mixed_dtypes) == ("none", False)
+    assert (a.intersect(b).layout, b.intersect(a).layout) == ("NCHW", "NHWC")
+
+
+def test_a_prescribed_range_and_the_inputs_contradict_each_other() -> None:
+    second = changed("operators.softmax", {"dtypes": "plain", "output": "inherit"})
+    toy, other = both(GOOD, second)
+    with pytest.raises(TargetError, match="softmax: one target prescribes the output range, another wants that of the"):
+        toy.intersect(other)
+
+
+def test_ranges_of_types_that_are_not_common_do_not_matter() -> None:
+    first, second = (changed("dtypes.plain", [["uint8"], [other]]) for other in ("int8", "int16"))
+    first["operators"]["softmax"]["fixed"] = {"uint8": [0, 1], "int8": [0, 2]}
+    second["operators"]["softmax"]["fixed"] = {"int16": [0, 3]}
+    a, b = both(first, second)
+    assert a.intersect(b).operators["softmax"].fixed == {"uint8": (0.0, 1.0)}
+
+
+def test_the_three_devices_have_something_in_common() -> None:
+    met = qat.load_target("arm-cpu", "hexagon-v73", "apu")
+    assert (met.name, met.numerics, met.dynamic_batch) == ("arm-cpu+hexagon-v73+apu", "onnx", False)
+    assert [part.name for part in met.singles] == ["arm-cpu", "hexagon-v73", "apu"]
+    assert ("uint8", "int8") in met.operators["conv"].dtypes
+    assert met.operators["softmax"].fixed == {"uint8": (0.0, 0.99609375)}
+    sigmoid = met.rule("table", "sigmoid")
+    assert sigmoid is not None
+    assert sigmoid.fixed["uint8"] == (0.0, 0.99609375)
+
+
+def test_generations_of_hexagon() -> None:
+    same = [qat.load_target(f"hexagon-v{v}").operators for v in (73, 75, 79, 81)]
+    assert all(operators == same[0] for operators in same)
+    old = qat.load_target("hexagon-v68").operators
+    assert qat.load_target("hexagon-v69").operators == old
+    assert same[0]["conv"].dtypes - old["conv"].dtypes == {("uint16", "int16")}
