@@ -159,7 +159,7 @@ class Target:
         wanted = [w for w in sorted(rule.symmetric) if (s := schemes[w]) is not None and asymmetric(s)]
         if wanted:
             text += f" with symmetric {' and '.join(wanted)}"
-        if use.operands - {pair[0]} and not self.mixed_dtypes:
+        if use.operands - {use.activation.dtype} and not self.mixed_dtypes:
             text += " read and written"
         return text
 

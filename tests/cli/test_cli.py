@@ -108,7 +108,7 @@ def test_plan_needs_no_data(tmp_path: Path, capsys: Out) -> None:
 def test_plan_for_other_targets(tmp_path: Path, capsys: Out) -> None:
     recipe = write(tmp_path)
     names = ["--target", "arm-cpu", "--target", "hexagon-v73", "--target", "apu"]
-    assert main(["plan", recipe, *names, "scheme.activations.dtype=uint16", "--json"]) == 0
+    assert main(["plan", recipe, *names, "scheme.layers.classifier.activations.dtype=uint16", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["target"] == "arm-cpu+hexagon-v73+apu"
     layers = [t for t in made["tensors"] if t["kind"] == "linear" and t["role"] == "activation"]

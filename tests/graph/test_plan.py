@@ -523,7 +523,7 @@ def test_saving(tmp_path: Path) -> None:
     assert [t["name"] for t in data["tensors"]] == ["input", "0", "1", "0.weight"]
     assert set(data["tensors"][0]) == {
         "name", "role", "kind", "decision", "scheme", "quantizer", "source_tensor", "fixed", "reason", "macs",
-        "source", "computed",
+        "source", "computed", "forecast", "refused_by", "nearest",
     }  # fmt: skip
 
 
