@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import qat
 from qat.errors import ExportError
 from qat.graph.plan import Plan
 from qat.scheme import Granularity, Scheme
-from qat.targets import Refusal, Target, Use
+from qat.targets import OperatorRule, Refusal, Target, Use, target_names
 from qat.targets.load import parse_target
+from qat.targets.target import rules
 
 X = torch.randn(2, 4, 8, 8)
 ACTIVATION, WEIGHT = Scheme("uint8"), Scheme("int8", symmetric=True, granularity=Granularity("per_channel"))
@@ -77,6 +79,35 @@ def test_the_nearest_legal_configuration(asked: Use, reason: str | None) -> None
         scheme = Scheme(weight, symmetric=True, granularity=Granularity("per_tensor")) if weight else None
         assert granularity in ("", "per_tensor")
         assert toy().refusal(Use(asked.kind, Scheme(activation), scheme)) is None
+
+
+@pytest.mark.parametrize(
+    "names", [*((name,) for name in target_names()), ("arm-cpu", "hexagon-v73", "apu"), ("litert", "nnapi")]
+)
+def test_what_is_called_nearest_is_legal(names: tuple[str, ...]) -> None:
+    target = qat.load_target(*names)
+    types = ("uint8", "int8", "uint16", "int16", "uint4", "int4")
+    offered = 0
+    for (kind, function, rule), activation, weight in itertools.product(rules(target), types, types):
+        weighted = any(w for _, w in rule.dtypes)
+        if not rule.dtypes or (not weighted and weight != types[0]):
+            continue
+        asked = use(kind, activation, weight if weighted else None, function=function, mode=_mode(rule))
+        found = target.refusal(asked)
+        if found is None:
+            continue
+        offered += 1
+        pair, _, more = found.nearest.partition(" ")
+        legal_activation, _, legal_weight = pair.partition("/")
+        granularity = Granularity(more.split()[0]) if more.startswith("per_") else Granularity("per_channel")
+        scheme = Scheme(legal_weight, symmetric=True, granularity=granularity) if legal_weight else None
+        better = Use(kind, Scheme(legal_activation, symmetric=True), scheme, function=function, mode=_mode(rule))
+        assert target.refusal(better) is None, (kind, found.reason)
+    assert offered
+
+
+def _mode(rule: OperatorRule) -> str:
+    return min(rule.modes) if rule.modes else ""
 
 
 def test_conditions() -> None:
