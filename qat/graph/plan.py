@@ -154,8 +154,7 @@ class Plan:
             return None
         if entry.computed:
             return "integer"
-        hard = self.constraints.floats == "none" if entry.refusal is None else entry.refusal.hard
-        return "refused" if hard else "float island"
+        return "refused" if self.constraints.floats == "none" else "float island"
 
     def tie_groups(self) -> dict[str, tuple[str, ...]]:
         """Tensors that share one range, by the name of the group's head; groups of one are left out."""

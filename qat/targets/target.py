@@ -25,13 +25,13 @@ class Refusal:
         targets: Names of the targets that refuse it.
         faults: What they have not, one for each of `targets`.
         nearest: The nearest legal configuration, or "" where there is none.
-        hard: Whether one of the targets cannot compute it in float either.
+        stranded: Other targets, which have it in integers, and no floats: one network for all leaves it to them in float.
     """
 
     targets: tuple[str, ...]
     faults: tuple[str, ...]
     nearest: str = ""
-    hard: bool = False
+    stranded: tuple[str, ...] = ()
 
     @property
     def reason(self) -> str:
@@ -40,7 +40,10 @@ class Refusal:
         for target, fault in zip(self.targets, self.faults, strict=True):
             by_fault.setdefault(fault, []).append(target)
         parts = [f"{_listed(who)} {'have' if who[1:] else 'has'} no {what}" for what, who in by_fault.items()]
-        return ", ".join(parts) + (f"; nearest: {self.nearest}" if self.nearest else "")
+        text = ", ".join(parts)
+        if self.stranded:
+            text += f", and {_listed(list(self.stranded))} {'have' if self.stranded[1:] else 'has'} no floats"
+        return text + (f"; nearest: {self.nearest}" if self.nearest else "")
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,12 @@ class Target:
         faults = [(target, fault) for target in self.singles if (fault := target._fault(use)) is not None]
         if not faults:
             return None
+        refusing = tuple(target.name for target, _ in faults)
         return Refusal(
-            targets=tuple(target.name for target, _ in faults),
+            targets=refusing,
             faults=tuple(fault for _, fault in faults),
             nearest=self.nearest(use),
-            hard=any(target.floats == "none" for target, _ in faults),
+            stranded=tuple(t.name for t in self.singles if t.floats == "none" and t.name not in refusing),
         )
 
     def _fault(self, use: Use) -> str | None:
