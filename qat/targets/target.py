@@ -25,7 +25,7 @@ class Refusal:
         targets: Names of the targets that refuse it.
         faults: What they have not, one for each of `targets`.
         nearest: The nearest legal configuration, or "" where there is none.
-        stranded: Other targets, which have it in integers, and no floats: one network for all leaves it to them in float.
+        stranded: Other targets, which have it in integers and have no floats: they get it in float with the rest.
     """
 
     targets: tuple[str, ...]

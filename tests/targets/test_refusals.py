@@ -146,11 +146,14 @@ def test_several_targets_are_named() -> None:
     found = refused(met, use("mul"))
     assert found.targets == ("toy", "other", "third")
     assert found.reason == "toy, other and third have no integer mul"
-    assert found.hard
+    assert found.stranded == ()
     found = refused(met, use("conv", "uint8", "int8"))
     # what is legal on one of them is not legal on all
     assert (found.targets, found.nearest) == (("other",), "")
-    assert refused(toy().intersect(third), use("mul")).hard is False
+    multiplying = toy("five", operators={"mul": {"dtypes": "plain"}}, floats="none")
+    found = refused(toy().intersect(multiplying), use("mul"))
+    assert (found.targets, found.stranded) == (("toy",), ("five",))
+    assert found.reason == "toy has no integer mul, and five has no floats"
     mixed = toy().intersect(toy("four", dtypes={"weighted": [["uint16", "int8"]], "plain": [["uint16"]]}))
     assert refused(mixed, use("add", "int8")).reason == "toy and four have no int8 add; nearest: uint16"
     assert refused(mixed, use("add")).reason == "four has no uint8 add; nearest: uint16"
@@ -184,13 +187,17 @@ def test_the_forecast_of_a_plan() -> None:
     assert silu.refusal.nearest == "x * sigmoid(x), two operators"
     assert div.refusal.targets == ("arm-cpu", "apu")
     assert made.forecast(div) == "refused"
-    assert made.forecast(silu) == "float island"
-    assert (
-        "float: silu (table): hexagon-v73 has no integer silu; nearest: x * sigmoid(x), two operators" in made.summary()
+    assert silu.refusal.stranded == ("apu",)
+    assert made.forecast(silu) == "refused"
+    assert silu.reason == (
+        "hexagon-v73 has no integer silu, and apu has no floats; nearest: x * sigmoid(x), two operators"
     )
+    alone = plan(Net(), "hexagon-v73")
+    assert alone.forecast(alone["silu"]) == "float island"
+    assert "float: silu (table): hexagon-v73 has no integer silu; nearest: x * sigmoid(x)" in alone.summary()
     assert "refused: truediv (div): arm-cpu and apu have no integer div" in made.summary()
     data = {t["name"]: t for t in made.to_json()["tensors"]}
-    assert data["silu"]["forecast"] == "float island"
+    assert data["silu"]["forecast"] == "refused"
     assert data["silu"]["refused_by"] == ["hexagon-v73"]
     assert data["silu"]["nearest"] == "x * sigmoid(x), two operators"
     assert (data["truediv"]["forecast"], data["conv"]["forecast"], data["x"]["forecast"]) == (
