@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
+from qat.graph.fusions import Fusion, find_fusions
 from qat.graph.operators import ParamRef
 from qat.graph.opgraph import GraphOp
-from qat.graph.planner import Fusion, find_fusions
 from qat.graph.prepared import PreparedModel
 from qat.graph.subgraph import call_node
 from qat.quantizers import WeightFakeQuantize

@@ -13,11 +13,12 @@ from torch.nn.utils import parametrize
 
 from qat.errors import PlanError, TraceError
 from qat.graph.finite import refuse_nonfinite
+from qat.graph.fusions import find_fusions
 from qat.graph.islands import locate_islands
 from qat.graph.operators import ParamRef, recognize
 from qat.graph.opgraph import TUPLE_KINDS, GraphOp, OpGraph, build_opgraph
 from qat.graph.plan import Plan, PlanEntry
-from qat.graph.planner import find_fusions, plan_graph
+from qat.graph.planner import plan_graph
 from qat.graph.prepared import QUANTIZERS, PreparedModel, quantizer_key
 from qat.graph.spell import spell_for
 from qat.graph.trace import Traced, trace

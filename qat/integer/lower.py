@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from qat.encoding import Encoding
+from qat.graph.fusions import Fusion, find_fusions
 from qat.graph.operators import ParamRef, ScalarConst
 from qat.graph.opgraph import GraphOp
 from qat.graph.plan import PlanEntry
-from qat.graph.planner import Fusion, find_fusions
 from qat.graph.prepared import PreparedModel, rescaled
 from qat.graph.structure import Structure
 from qat.graph.subgraph import constant_value, cut, node_values

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from qat.encoding import Encoding
 from qat.errors import ExportError
+from qat.graph.fusions import Fusion
 from qat.graph.operators import ParamRef
 from qat.graph.opgraph import GraphOp
-from qat.graph.planner import Fusion
 from qat.graph.prepared import PreparedModel
 from qat.integer.program import Constant
 from qat.quantizers import WeightFakeQuantize
