@@ -248,7 +248,8 @@ def test_merge_refuses_what_was_made_otherwise(name):
     ]
     if mine.options:
         key, option = next(iter(mine.OPTIONS.items()))
-        others.append(make(name, **{key: option.choices[0] if option.choices else option.high}))
+        others.append(make(name, **{key: option.choices[-1] if option.choices else option.high}))
+        assert others[-1].options != mine.options
     before = copy.deepcopy(mine.state_dict())
     for other in others:
         with pytest.raises(StateError, match="made alike"):
