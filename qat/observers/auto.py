@@ -29,7 +29,7 @@ _CANDIDATES: tuple[tuple[str, type[BinnedObserver], Mapping[str, Any]], ...] = (
 
 
 class AutoObserver(BinnedObserver):
-    """Collects one histogram, from which several methods give candidates; the layers that read the tensor choose.
+    """Collects one histogram, from which several methods give candidates; what they do behind the tensor decides.
 
     `qat.calibrate` looks at the data a second time and, for each tensor with this observer, takes the candidate with
     the least squared error at the outputs of the model, or with `error: layer` of the layers that read the tensor
