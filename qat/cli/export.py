@@ -53,7 +53,7 @@ def export(
         tflite_part = (recipe.export.tflite or TflitePart()).model_copy(update=chosen)
         result = stages.export_tflite(recipe, qmodel, path, split, tflite_part)
         details: dict[str, Any] = {
-            "io": tflite_part.io,
+            "io": tflite_part.io.model_dump(),
             "default_kernels": None if result.default is None else result.default.to_json(),
         }
     else:

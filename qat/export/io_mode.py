@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-#: whether a border of an artifact is float, or the codes themselves
+from qat.errors import ExportError
+
+#: whether a border of a file is float, or the codes themselves
 Border = Literal["float", "codes"]
 
 
@@ -16,7 +18,20 @@ class IoMode:
     Attributes:
         inputs: What an application gives.
         outputs: What it gets.
+
+    Raises:
+        ExportError: There is no such border.
     """
 
     inputs: Border = "float"
     outputs: Border = "float"
+
+    def __post_init__(self) -> None:
+        for border in (self.inputs, self.outputs):
+            if border not in get_args(Border):
+                raise ExportError(f"unknown kind {border!r} of inputs or outputs", "use float or codes")
+
+    @classmethod
+    def of(cls, mode: IoMode | Border) -> IoMode:
+        """Return a mode; one word stands for both ends."""
+        return mode if isinstance(mode, IoMode) else cls(mode, mode)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qat.errors import ExportError, StateError
+from qat.export.io_mode import Border, IoMode
 from qat.export.multipliers import refuse_multipliers
 from qat.export.verify import ExportResult, Level, export_program
 from qat.graph.batches import model_inputs
@@ -41,6 +42,7 @@ def export_onnx(
     opset: int = 21,
     name: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    io: IoMode | Border = "float",
 ) -> ExportResult:
     """Write a calibrated or trained model as ONNX (QDQ), execute it in ONNX Runtime and compare it code by code.
 
@@ -57,11 +59,14 @@ def export_onnx(
         opset: Version of the standard operators.
         name: Name of the graph.
         metadata: Further entries of the model's metadata.
+        io: `float` (the file quantizes and dequantizes), `codes` (it takes and gives codes), or an `IoMode`, which says
+            it of inputs and outputs apart.
 
     Raises:
         StateError: The model was not calibrated, or there are no samples to verify on.
         ExportError: It cannot be expressed, an accumulator may overflow, or a multiplier is larger than the target
-            allows (the layer is named); the batch size shall be open and the target wants static shapes.
+            allows (the layer is named); the batch size shall be open and the target wants static shapes; an input or
+            output that shall be codes has none.
         VerificationError: The runtime's result differs by more than the bounds.
         OutputError: The file cannot be written.
     """
@@ -98,6 +103,7 @@ def export_onnx(
         opset=opset,
         name=name or "model",
         metadata=metadata,
+        io=io,
     )
 
 

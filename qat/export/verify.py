@@ -18,9 +18,12 @@ from onnx import helper
 from torch import Tensor
 
 from qat.errors import DataError, ExportError, VerificationError
+from qat.export.borders import contracts, with_borders
+from qat.export.contract import TensorContract, input_encoding
 from qat.export.difference import Level, Tally, Verification, codes_of
 from qat.export.emitters.context import FourBitWeights
 from qat.export.emitters.types import FLOAT_TYPES, ONNX_TYPES
+from qat.export.io_mode import Border, IoMode
 from qat.export.onnx import TensorNames, model_bytes, program_to_onnx, quantized_tensors
 from qat.export.overflow import OverflowReport, prove_no_overflow
 from qat.export.runtime import session, session_entries
@@ -48,6 +51,8 @@ class ExportResult:
         overflow: Proof that no accumulator overflows.
         opset: Version of the standard operators.
         sha256: Checksum of the file, hexadecimal.
+        inputs: Inputs of the file: names, sizes, types, scales and zero points.
+        outputs: Its outputs.
     """
 
     path: Path
@@ -55,6 +60,8 @@ class ExportResult:
     overflow: OverflowReport
     opset: int
     sha256: str
+    inputs: tuple[TensorContract, ...]
+    outputs: tuple[TensorContract, ...]
 
     def __str__(self) -> str:
         if self.verification is None:
@@ -155,10 +162,21 @@ def as_inputs(program: Program, sample: Any) -> tuple[Tensor, ...]:
     return tuple(x.detach().cpu() for x in inputs)
 
 
-def _run(runtime: Any, names: Sequence[str], inputs: tuple[Tensor, ...]) -> list[npt.NDArray[Any]]:
-    feeds = {value.name: x.numpy() for value, x in zip(runtime.get_inputs(), inputs, strict=True)}
+def _run(program: Program, runtime: Any, names: Sequence[str], inputs: tuple[Tensor, ...]) -> list[npt.NDArray[Any]]:
+    feeds = {
+        value.name: _fed(program, entry, x, value.type).numpy()
+        for entry, value, x in zip(program.inputs, runtime.get_inputs(), inputs, strict=True)
+    }
     result: list[npt.NDArray[Any]] = runtime.run(list(names), feeds)
     return result
+
+
+def _fed(program: Program, entry: str, x: Tensor, kind: str) -> Tensor:
+    """Return an input as a model takes it, its codes where that is no float."""
+    encoding = input_encoding(program, entry)
+    if encoding is None or kind == "tensor(float)":
+        return x
+    return encoding.quantize(x).to(getattr(torch, encoding.dtype))
 
 
 def _open(model: onnx.ModelProto) -> Any:
@@ -192,8 +210,10 @@ def _compare_outputs(
     names = [value.name for value in proto.graph.output]
     for batch in batches:
         simulated = executor(program, batch, set(wanted))
-        for tally, source, array in zip(tallies, wanted, _run(runtime, names, batch), strict=True):
-            tally.add(codes_of(torch.from_numpy(array), tally.encoding), simulated[source].detach().cpu())
+        for tally, source, array in zip(tallies, wanted, _run(program, runtime, names, batch), strict=True):
+            value = torch.from_numpy(array)
+            codes = codes_of(value, tally.encoding) if value.is_floating_point() else value.to(torch.int64)
+            tally.add(codes, simulated[source].detach().cpu())
     return tallies
 
 
@@ -241,7 +261,7 @@ def _compare_layers(
     runtime = _open(probe)
     for batch in batches:
         simulated = executor(program, batch, {tally.name for tally, _ in tallies})
-        for (tally, four_bits), array in zip(tallies, _run(runtime, names, batch), strict=True):
+        for (tally, four_bits), array in zip(tallies, _run(program, runtime, names, batch), strict=True):
             value = torch.from_numpy(array.astype(np.float32 if four_bits else np.int32))
             codes = codes_of(value, tally.encoding) if four_bits else value
             tally.add(codes, simulated[tally.name].detach().cpu())
@@ -263,6 +283,7 @@ def export_program(
     name: str = "model",
     metadata: Mapping[str, str] | None = None,
     four_bit_weights: FourBitWeights = "cast",
+    io: IoMode | Border = "float",
 ) -> ExportResult:
     """Write a program as an ONNX file, execute it in ONNX Runtime and compare; a difference leaves no file.
 
@@ -284,9 +305,11 @@ def export_program(
         name: Name of the graph.
         metadata: Further entries of the model's metadata.
         four_bit_weights: See `program_to_onnx`.
+        io: Whether the file takes and gives floats or codes.
 
     Raises:
-        ExportError: The program cannot be expressed, or an accumulator may overflow.
+        ExportError: The program cannot be expressed, or an accumulator may overflow; an input or output that shall be
+            codes has none.
         VerificationError: An output differs by more than the bounds; the message names it and the numbers.
         OutputError: The file cannot be written.
     """
@@ -301,6 +324,10 @@ def export_program(
         metadata=metadata,
         four_bit_weights=four_bit_weights,
     )
+    mode = IoMode.of(io)
+    inputs, outputs = contracts(program, model, mode)
+    if mode != IoMode():
+        model = with_borders(program, model, mode)
     content = model_bytes(model)
     with atomic_path(final) as temporary:
         temporary.write_bytes(content)
@@ -309,7 +336,7 @@ def export_program(
             # what is executed is the file as a reader will find it, not the object that it was written from
             verification = verify_onnx(temporary, program, samples, executor, level=verify)
             _require(verification, len(program.outputs), bound, unequal_share, final)
-    return ExportResult(final, verification, overflow, opset, hashlib.sha256(content).hexdigest())
+    return ExportResult(final, verification, overflow, opset, hashlib.sha256(content).hexdigest(), inputs, outputs)
 
 
 def _require(verification: Verification, outputs: int, bound: float, unequal_share: float | None, final: Path) -> None:

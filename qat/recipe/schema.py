@@ -204,6 +204,17 @@ class Stage(Part):
 _STAGE_SHORT = _or("string", _stage)
 
 
+class IoPart(Part):
+    """What a file takes and gives."""
+
+    inputs: Literal["float", "codes"] = "float"
+    outputs: Literal["float", "codes"] = "float"
+
+
+_IO_SHORT = _or("string", lambda v: {"inputs": v, "outputs": v} if isinstance(v, str) else v)
+Io = Annotated[IoPart, _IO_SHORT[0], _IO_SHORT[1]]
+
+
 class OnnxPart(Part):
     """The ONNX file."""
 
@@ -217,7 +228,7 @@ class OnnxPart(Part):
 class TflitePart(Part):
     """The `.tflite` file, int8; needs `pip install 'qat[litert]'`."""
 
-    io: Literal["float", "int8"] = Field(default="float", description="what the file takes and gives")
+    io: Io = Field(default_factory=IoPart, description="what the file takes and gives; one word for both ends")
     batch_size: Positive = Field(default=1, description="the file's batch size, which is fixed")
     verify: Literal["outputs", "layers"] = "outputs"
     samples: Positive = Field(default=16, description="images that are executed and compared")

@@ -23,6 +23,7 @@ from qat.algorithms.nuq import NonUniform
 from qat.algorithms.rounding import Rounding
 from qat.errors import CheckpointError, DataError, QatError, QuantizationWarning, RecipeError, VerificationError
 from qat.export.difference import Level, Verification
+from qat.export.io_mode import IoMode
 from qat.export.model import execute
 from qat.export.tflite.verify import TfliteResult
 from qat.export.verify import ExportResult, session
@@ -270,7 +271,7 @@ def export_tflite(recipe: Recipe, qmodel: PreparedModel, path: Path, split: Spli
         qmodel,
         path,
         samples=list(split.images(part.samples)),
-        io=part.io,
+        io=IoMode(part.io.inputs, part.io.outputs),
         verify=part.verify,
         batch_size=part.batch_size,
         name=recipe.name,

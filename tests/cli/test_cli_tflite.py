@@ -24,7 +24,7 @@ TINY: dict[str, Any] = {
     "data": {"name": "digits", "batch_size": 32, "limit": {"train": 96, "test": 40}},
     "target": "arm-cpu",
     "stages": [{"calibrate": {"images": 64}}],
-    "export": {"tflite": {"io": "int8", "samples": 4}},
+    "export": {"tflite": {"io": "codes", "samples": 4}},
 }
 
 
@@ -51,7 +51,7 @@ def test_a_recipe_and_the_command_line_write_the_same_file(tmp_path: Path, capsy
     assert "compared: layers" in capsys.readouterr().out
     assert main(["export", str(run), "--out", str(other), "--format", "tflite", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["io"] == "int8"
+    assert said["io"] == {"inputs": "codes", "outputs": "codes"}
     assert said["path"] == str(other)
     assert said["verification"]["tensors"][0]["unequal"] == 0
     assert again.read_bytes() == other.read_bytes() == (run / "model.tflite").read_bytes()

@@ -77,7 +77,7 @@ def test_equal_models_give_equal_bytes(qmodel: qat.PreparedModel, tmp_path: Path
     assert second.sha256 == first.sha256
 
 
-@pytest.mark.parametrize("io", ["float", "int8"])
+@pytest.mark.parametrize("io", ["float", "codes"])
 def test_what_a_reader_of_the_file_finds(qmodel: qat.PreparedModel, tmp_path: Path, io: Any) -> None:
     """Names, channels-last shapes, types and scales; and a run by hand gives what the integer model gives."""
     result = qat.export_tflite(qmodel, tmp_path / "m.tflite", io=io)
@@ -94,7 +94,7 @@ def test_what_a_reader_of_the_file_finds(qmodel: qat.PreparedModel, tmp_path: Pa
     assert {given["dtype"], *(o["dtype"] for o in outputs)} == {dtype}
     image = torch.randn(1, 3, 8, 8)
     x = image.permute(0, 2, 3, 1).numpy()
-    if io == "int8":
+    if io == "codes":
         scale, zero = given["quantization"]
         x = np.clip(np.floor(np.abs(x / np.float32(scale)) + 0.5) * np.sign(x) + zero, -128, 127).astype(np.int8)
     reader.set_tensor(given["index"], np.ascontiguousarray(x))
@@ -102,7 +102,7 @@ def test_what_a_reader_of_the_file_finds(qmodel: qat.PreparedModel, tmp_path: Pa
     wanted = qat.convert(qmodel, numerics="tflite")(image)
     for output, key in zip(outputs, ("map", "scores"), strict=True):
         have = reader.get_tensor(output["index"])
-        if io == "int8":
+        if io == "codes":
             scale, zero = output["quantization"]
             have = (have.astype(np.float32) - zero) * np.float32(scale)
         want = wanted[key].permute(0, 2, 3, 1) if key == "map" else wanted[key]
@@ -148,7 +148,7 @@ class Two(nn.Module):
         return total, (a * b).mean(2), total.transpose(1, 2)
 
 
-@pytest.mark.parametrize("io", ["float", "int8"])
+@pytest.mark.parametrize("io", ["float", "codes"])
 def test_two_inputs_and_a_value_that_is_returned_twice(tmp_path: Path, io: Any) -> None:
     result = qat.export_tflite(
         prepared(Two(), torch.randn(4, 5, 6), torch.randn(4, 5, 6)), tmp_path / "m.tflite", io=io, verify="layers"
@@ -206,7 +206,7 @@ def test_no_samples(tmp_path: Path, qmodel: qat.PreparedModel) -> None:
 
 def test_options_that_are_none(qmodel: qat.PreparedModel) -> None:
     program = qat.convert(qmodel, numerics="tflite").program
-    with pytest.raises(ExportError, match="unknown kind 'uint8' of inputs and outputs; use float or int8"):
+    with pytest.raises(ExportError, match="unknown kind 'uint8' of inputs or outputs; use float or codes"):
         program_to_tflite(program, io="uint8")  # type: ignore[arg-type]
     with pytest.raises(ExportError, match="batch size -1 is not positive"):
         program_to_tflite(program, batch_size=-1)

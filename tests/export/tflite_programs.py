@@ -89,7 +89,7 @@ def one(
 
 
 def check(
-    program: Program, batches: list[tuple[Tensor, ...]], operators: set[str] | None = None, io: str = "int8"
+    program: Program, batches: list[tuple[Tensor, ...]], operators: set[str] | None = None, io: str = "codes"
 ) -> TfliteModel:
     """Every code of every tensor is the same in the integer model and in LiteRT's reference kernels.
 

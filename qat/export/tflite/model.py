@@ -12,10 +12,10 @@ from torch import Tensor
 
 from qat.errors import ExportError, StateError
 from qat.export.difference import Level
+from qat.export.io_mode import Border, IoMode
 from qat.export.model import execute, split
 from qat.export.multipliers import refuse_multipliers
 from qat.export.tflite.verify import TfliteResult, export_tflite_program
-from qat.export.tflite.writer import IO
 from qat.graph.batches import model_inputs
 from qat.graph.prepared import PreparedModel
 from qat.integer.model import convert
@@ -26,7 +26,7 @@ def export_tflite(
     path: str | os.PathLike[str],
     *,
     samples: Iterable[Any] | None = None,
-    io: IO = "float",
+    io: IoMode | Border = "float",
     verify: Level | Literal[False] = "outputs",
     bound: float = 0.0,
     unequal_share: float | None = 0.0,
@@ -43,7 +43,8 @@ def export_tflite(
         qmodel: The model.
         path: The file to write; it appears under this name only when everything held.
         samples: Batches to execute, as for `calibrate`; None for the samples that calibration has kept.
-        io: `float` (the file quantizes and dequantizes) or `int8` (it takes and gives codes).
+        io: `float` (the file quantizes and dequantizes), `codes` (it takes and gives int8 codes), or an `IoMode`, which
+            says it of inputs and outputs apart.
         verify: `outputs`, `layers` (every quantized tensor is compared), or False.
         bound: Largest difference in codes that an output may have with the reference kernels.
         unequal_share: Share of an output's codes that may differ at all, or None.

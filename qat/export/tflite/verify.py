@@ -14,14 +14,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from qat.encoding import Encoding
 from qat.errors import DataError, ExportError, VerificationError
+from qat.export.contract import TensorContract
 from qat.export.difference import Level, Tally, Verification, codes_of
+from qat.export.io_mode import Border, IoMode
 from qat.export.overflow import OverflowReport, prove_no_overflow
 from qat.export.tflite.context import Value
 from qat.export.tflite.runtime import Kernels, Runtime, version
-from qat.export.tflite.writer import IO, TensorContract, TfliteModel, program_to_tflite
+from qat.export.tflite.writer import TfliteModel, program_to_tflite
 from qat.export.verify import Executor, as_inputs
 from qat.files import atomic_path
+from qat.integer.kernels.qparams import QParams
 from qat.integer.operators import qparams
 from qat.integer.program import Program
 from qat.integer.tflite import arithmetic
@@ -111,7 +115,7 @@ def verify_tflite(
         results = runtime.run([_feed(contract, x) for contract, x in zip(model.inputs, batch, strict=True)])
         simulated = executor(program, batch, {*wanted, *layers})
         for tally, contract, source, array in zip(tallies, model.outputs, wanted, results, strict=True):
-            tally.add(_codes(contract, array), simulated[source].detach().cpu())
+            tally.add(_codes(contract, program.tensors[source].encoding, array), simulated[source].detach().cpu())
         for name, tally in layers.items():
             held = runtime.tensor(model.values[name].tensor)
             tally.add(_logical(model.values[name], held), simulated[name].detach().cpu())
@@ -124,25 +128,26 @@ def verify_tflite(
     )
 
 
-def _feed(contract: TensorContract, x: Tensor) -> npt.NDArray[Any]:
-    laid = x.permute(contract.order)
-    if tuple(laid.shape) != contract.shape:
+def _feed(given: TensorContract, x: Tensor) -> npt.NDArray[Any]:
+    laid = x.permute(given.order)
+    if tuple(laid.shape) != given.shape:
         raise DataError(
-            f"input {contract.name!r} is {tuple(x.shape)}, in the file's layout {tuple(laid.shape)}, and the file "
-            f"takes {contract.shape}",
+            f"input {given.name!r} is {tuple(x.shape)}, in the file's layout {tuple(laid.shape)}, and the file "
+            f"takes {given.shape}",
             "give samples of the exported batch size",
         )
-    if contract.dtype == "int8":
-        laid = arithmetic.quantize(laid, qparams(contract.encoding)).to(torch.int8)
+    if given.dtype == "int8":
+        assert given.scale is not None
+        laid = arithmetic.quantize(laid, QParams(given.scale, given.zero_point, given.qmin, given.qmax)).to(torch.int8)
     array: npt.NDArray[Any] = laid.contiguous().numpy()
     return array
 
 
-def _codes(contract: TensorContract, array: npt.NDArray[Any]) -> Tensor:
+def _codes(given: TensorContract, encoding: Encoding | None, array: npt.NDArray[Any]) -> Tensor:
     """Codes of an output in the user's order of dimensions."""
     value = torch.from_numpy(np.ascontiguousarray(array))
-    codes = codes_of(value, contract.encoding) if contract.dtype == "float32" else value.to(torch.int64)
-    return _ordered(codes, contract.order)
+    codes = codes_of(value, encoding) if given.dtype == "float32" else value.to(torch.int64)
+    return _ordered(codes, given.order)
 
 
 def _logical(value: Value, array: npt.NDArray[Any]) -> Tensor:
@@ -188,7 +193,7 @@ def export_tflite_program(
     samples: Iterable[Any],
     executor: Executor,
     *,
-    io: IO = "float",
+    io: IoMode | Border = "float",
     bound: float = 0.0,
     unequal_share: float | None = 0.0,
     verify: Level | Literal[False] = "outputs",
@@ -203,7 +208,7 @@ def export_tflite_program(
         path: The file to write.
         samples: Batches to execute, see `verify_tflite`; not read where `verify` is False.
         executor: Computes the simulation, see `verify_tflite`.
-        io: What the file takes and gives, `float` or `int8`.
+        io: Whether the file takes and gives floats or codes.
         bound: Largest difference in codes that an output may have with the reference kernels.
         unequal_share: Share of the codes of an output that may differ at all, or None.
         verify: `outputs`, `layers`, or False to skip the execution.

@@ -4,36 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
-from qat.encoding import Encoding
 from qat.errors import ExportError
+from qat.export.contract import TensorContract, contract
+from qat.export.io_mode import Border, IoMode
 from qat.export.onnx import qat_version
 from qat.export.tflite.context import Context, Emitter, Value, channels_last
 from qat.export.tflite.emitters import pointwise, pooling, products, shape
 from qat.integer.program import Program
-
-#: what the file takes and gives: floats, which it quantizes and dequantizes itself, or int8 codes
-IO = Literal["float", "int8"]
-
-
-@dataclass(frozen=True)
-class TensorContract:
-    """An input or output of the file.
-
-    Attributes:
-        name: The user's tensor name.
-        shape: Sizes in the file.
-        order: Dimension i in the file is dimension `order[i]` of the user's tensor: (0, 2, 3, 1) for images.
-        dtype: `float32` or `int8`.
-        encoding: How codes are read; also of a float tensor the encoding of what it is quantized to or from.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    order: tuple[int, ...]
-    dtype: str
-    encoding: Encoding
 
 
 @dataclass(frozen=True)
@@ -66,7 +44,7 @@ def emitters() -> dict[str, Emitter]:
 def program_to_tflite(
     program: Program,
     *,
-    io: IO = "float",
+    io: IoMode | Border = "float",
     batch_size: int = 1,
     name: str = "model",
     metadata: Mapping[str, str] | None = None,
@@ -77,7 +55,7 @@ def program_to_tflite(
 
     Args:
         program: The converted network, of the `tflite` profile.
-        io: `float` or `int8`, see `IO`.
+        io: Floats, which the file quantizes and dequantizes itself, or int8 codes.
         batch_size: Batch size; TFLite's shapes are fixed.
         name: Name of the subgraph.
         metadata: Further entries of the model's metadata.
@@ -90,13 +68,12 @@ def program_to_tflite(
         raise ExportError(
             f"a program of the {program.numerics} profile cannot be a .tflite file", 'convert with numerics="tflite"'
         )
-    if io not in ("float", "int8"):
-        raise ExportError(f"unknown kind {io!r} of inputs and outputs", "use float or int8")
+    mode = IoMode.of(io)
     if batch_size < 1:
         raise ExportError(f"batch size {batch_size} is not positive", "use at least 1")
     public = frozenset(program.tensors[entry].public_name for entry in (*program.inputs, *program.outputs))
     ctx = Context(program, batch_size, public)
-    inputs = [_input(ctx, entry, io) for entry in program.inputs]
+    inputs = [_input(ctx, entry, mode.inputs) for entry in program.inputs]
     table = emitters()
     for op in program.ops:
         # int8 inputs are quantized already, and a clamp may be the activation of the operator before it
@@ -106,7 +83,7 @@ def program_to_tflite(
             raise ExportError(f"operator {op.name!r} of kind {op.kind!r} has no TFLite spelling", "report this model")
         table[op.kind](ctx, op)
     sources = {op.outputs[0]: op.inputs[0] for op in program.ops if op.kind == "dequantize"}
-    outputs = [_output(ctx, entry, sources[entry], io) for entry in program.outputs]
+    outputs = [_output(ctx, entry, sources[entry], mode.outputs) for entry in program.outputs]
     content = ctx.builder.to_bytes(
         [tensor for tensor, _ in inputs],
         [tensor for tensor, _ in outputs],
@@ -115,8 +92,8 @@ def program_to_tflite(
     )
     return TfliteModel(
         content,
-        tuple(contract for _, contract in inputs),
-        tuple(contract for _, contract in outputs),
+        tuple(given for _, given in inputs),
+        tuple(given for _, given in outputs),
         {key: value for key, value in ctx.values.items() if key in program.tensors},
         ctx.builder.op_types,
     )
@@ -126,8 +103,8 @@ def _border_order(rank: int) -> tuple[int, ...]:
     return channels_last(rank) if rank == 4 else tuple(range(rank))
 
 
-def _input(ctx: Context, entry: str, io: IO) -> tuple[int, TensorContract]:
-    """Add an input; with int8 I/O it is the quantized tensor itself."""
+def _input(ctx: Context, entry: str, border: Border) -> tuple[int, TensorContract]:
+    """Add an input; codes are the quantized tensor itself."""
     public, sizes = ctx.program.tensors[entry].public_name, ctx.shape(entry)
     order = _border_order(len(sizes))
     shape = tuple(sizes[d] for d in order)
@@ -135,26 +112,27 @@ def _input(ctx: Context, entry: str, io: IO) -> tuple[int, TensorContract]:
     if not quantized:
         raise ExportError(f"input {public!r} is not read", "remove it from the model")
     encoding = ctx.encoding(quantized[0])
-    if io == "float":
+    given = contract(public, public, encoding, shape, order, codes=border == "codes")
+    if border == "float":
         tensor = ctx.builder.tensor(public, shape, None, dtype="float32")
         ctx.alias(entry, Value(tensor, order))
-        return tensor, TensorContract(public, shape, order, "float32", encoding)
+        return tensor, given
     tensor = ctx.builder.tensor(public, shape, encoding)
     for name in quantized:
         ctx.alias(name, Value(tensor, order))
-    return tensor, TensorContract(public, shape, order, "int8", encoding)
+    return tensor, given
 
 
-def _output(ctx: Context, entry: str, source: str, io: IO) -> tuple[int, TensorContract]:
-    """Bring an output to the order that it has in the file, and dequantize it there for float I/O."""
+def _output(ctx: Context, entry: str, source: str, border: Border) -> tuple[int, TensorContract]:
+    """Bring an output to the order that it has in the file, and dequantize it there where floats are wanted."""
     public, encoding = ctx.program.tensors[entry].public_name, ctx.encoding(source)
     order = _border_order(len(ctx.shape(source)))
     tensor = ctx.read(source, order)
     shape = ctx.builder.shape(tensor)
-    if io == "float":
+    if border == "float":
         result = ctx.builder.tensor(public, shape, None, dtype="float32")
         ctx.builder.operator("DEQUANTIZE", [tensor], [result], "Dequantize")
-        return result, TensorContract(public, shape, order, "float32", encoding)
+        return result, contract(public, public, encoding, shape, order, codes=False)
     if ctx.builder.name(tensor) not in ctx.reserved:  # a tensor that is returned twice keeps its first name
         ctx.builder.rename(tensor, public)
-    return tensor, TensorContract(ctx.builder.name(tensor), shape, order, "int8", encoding)
+    return tensor, contract(ctx.builder.name(tensor), public, encoding, shape, order, codes=True)
