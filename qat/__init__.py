@@ -12,12 +12,15 @@ from qat.algorithms.reconstruct import reconstruct
 from qat.analysis.compare import Comparison, compare
 from qat.encoding import Encoding, Encodings
 from qat.errors import QatError
+from qat.export.io_mode import IoMode
 from qat.export.model import export_onnx
 from qat.export.tflite.model import export_tflite
 from qat.graph.plan import Plan
 from qat.graph.prepare import optimize_for_training, plan, prepare
 from qat.graph.prepared import PreparedModel
 from qat.integer.model import IntegerModel, convert
+from qat.packages.build import Package, package
+from qat.packages.verify import PackageVerification, verify_package
 from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme
 from qat.schemes import LayerRule, Schemes
 from qat.targets import Target, load_target
@@ -31,10 +34,13 @@ __all__ = [
     "Encodings",
     "Granularity",
     "IntegerModel",
+    "IoMode",
     "LayerRule",
     "ObserverSpec",
     "OscillationSettings",
     "OscillationTracker",
+    "Package",
+    "PackageVerification",
     "Plan",
     "PreparedModel",
     "QatError",
@@ -55,8 +61,10 @@ __all__ = [
     "load_target",
     "nuq",
     "optimize_for_training",
+    "package",
     "plan",
     "prepare",
     "reconstruct",
     "reestimate_batch_norm",
+    "verify_package",
 ]

@@ -72,6 +72,10 @@ class ExportError(QatError):
     """A model that cannot be expressed, or not safely, in the export format."""
 
 
+class PackageError(QatError):
+    """A package that is incomplete, tampered with, or not one of ours."""
+
+
 class CheckFailedError(QatError):
     """A check that ran and did not hold."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import typer
 
-from qat.cli import calibrate, compare, encodings, env, export, plan, recipe, run, targets, verify
+from qat.cli import calibrate, compare, encodings, env, export, package, plan, recipe, run, targets, verify
 from qat.errors import QatError
 
 #: exit statuses besides those of the errors themselves
@@ -32,7 +32,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for verb in (run, plan, calibrate, export, verify, compare, targets, env):
+    for verb in (run, plan, calibrate, export, package, verify, compare, targets, env):
         verb.register(app)
     for group in (recipe, encodings):
         group.register(app)

@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 from qat.packages.artifact import Artifact
 
+#: what came of an execution
+Status = Literal["passed", "failed", "recorded", "not run"]
 Array = npt.NDArray[np.generic]
 #: one sample: arrays as an artifact takes or gives them (its types, its layout), by name
 Sample = Mapping[str, Array]
@@ -100,7 +102,7 @@ class Check:
     artifact: str
     executor: str
     runtime: str
-    status: Literal["passed", "failed", "recorded", "not run"]
+    status: Status
     outputs: tuple[OutputDifference, ...] = ()
     samples: int = 0
     bound: float = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from qat.packages.kinds import KINDS, by_kind
 from qat.recipe.schema import Recipe, Stage
 from qat.recipe.schema_ptq import AlgorithmPart
 from qat.recipe.schema_train import TrainPart
@@ -46,6 +47,12 @@ def broken_rules(recipe: Recipe) -> list[str]:
         problems.append("export.onnx needs ranges; add a calibrate stage")
     if recipe.export.tflite is not None and not calibrated:
         problems.append("export.tflite needs ranges; add a calibrate stage")
+    if recipe.export.packages is not None:
+        if not calibrated:
+            problems.append("export.packages needs ranges; add a calibrate stage")
+        if not by_kind(recipe.target):
+            known = ", ".join(name for kind in KINDS for name in kind.targets)
+            problems.append(f"export.packages: no target of the recipe has a package; those that have one: {known}")
     expect = recipe.expect
     if not calibrated and (expect.top1 is not None or expect.max_drop is not None):
         problems.append("expect.top1 and expect.max_drop speak of the quantized model; add a calibrate stage")

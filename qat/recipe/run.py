@@ -19,8 +19,9 @@ from torch import nn
 import qat
 from qat.errors import CheckFailedError, OutputError
 from qat.graph.prepared import PreparedModel
+from qat.packages.kinds import by_kind
 from qat.recipe import stages, training
-from qat.recipe.folder import CHECKPOINTS, ENCODINGS, ONNX, PLAN, TFLITE, RunFolder, RunState, StageRecord
+from qat.recipe.folder import CHECKPOINTS, ENCODINGS, ONNX, PACKAGES, PLAN, TFLITE, RunFolder, RunState, StageRecord
 from qat.recipe.report import check_expectations, results_table
 from qat.recipe.schema import Recipe, Stage
 from qat.recipe.session import Session
@@ -192,6 +193,8 @@ class _Run:
             self._export()
         if self.recipe.export.tflite is not None:
             self._export_tflite()
+        if self.recipe.export.packages is not None:
+            self._package()
         skipped = self.session.data.skipped.summary()
         if skipped:
             self.show(skipped)
@@ -321,6 +324,21 @@ class _Run:
         }
         self._keep(details={**self.state.details, "tflite": record})
         self.say(str(result))
+
+    def _package(self) -> None:
+        part = self.recipe.export.packages
+        assert part is not None
+        assert self.qmodel is not None
+        places = {names: self.folder.path / PACKAGES / kind.name for kind, names in by_kind(self.recipe.target).items()}
+        for name in self.recipe.target:
+            if not any(name in names for names in places):
+                self.say(f"no package for {name}: there is none of that kind")
+        # a run that is resumed makes them again
+        made = stages.make_packages(
+            self.recipe, self.qmodel, places, self.session.data.calibration, part, overwrite=True, say=self.say
+        )
+        record = {p.manifest.kind: p.manifest.to_json()["verification"] for p in made}
+        self._keep(details={**self.state.details, "packages": record})
 
     def _measure(self, label: str, model: Callable[..., Any], *, together: bool = True) -> None:
         if self.session.data.test is None:

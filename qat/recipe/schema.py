@@ -234,11 +234,22 @@ class TflitePart(Part):
     samples: Positive = Field(default=16, description="images that are executed and compared")
 
 
+class PackagesPart(Part):
+    """One package for each family of devices among the targets, in `packages/`."""
+
+    golden: Positive = Field(default=4, description="golden samples, which every runtime executes")
+    io: Io = Field(default_factory=IoPart, description="what the artifacts take and give; one word for both ends")
+
+
+_PACKAGES_SHORT = _or("boolean", lambda v: ({} if v else None) if isinstance(v, bool) else v)
+
+
 class ExportPart(Part):
     """What is written and verified."""
 
     onnx: OnnxPart | None = None
     tflite: TflitePart | None = None
+    packages: Annotated[PackagesPart | None, _PACKAGES_SHORT[0], _PACKAGES_SHORT[1]] = None
 
 
 class ExpectPart(Part):

@@ -8,7 +8,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from qat.export.verify import ExportResult, session
 from qat.export.verify import verify_onnx as verify_file
 from qat.graph.plan import Plan
 from qat.graph.prepared import PreparedModel
-from qat.recipe.schema import CalibratePart, ModelPart, OnnxPart, Recipe, TflitePart
+from qat.packages.verify import describe
+from qat.recipe.schema import CalibratePart, ModelPart, OnnxPart, PackagesPart, Recipe, TflitePart
 from qat.recipe.schema_ptq import AlgorithmPart
 from qat.targets import Target
 from qat.torchvision import import_torchvision
@@ -277,6 +278,52 @@ def export_tflite(recipe: Recipe, qmodel: PreparedModel, path: Path, split: Spli
         name=recipe.name,
         metadata={"recipe": recipe.name},
     )
+
+
+def make_packages(
+    recipe: Recipe,
+    qmodel: PreparedModel,
+    places: Mapping[tuple[str, ...], Path],
+    split: Split,
+    part: PackagesPart,
+    *,
+    overwrite: bool = False,
+    say: Callable[[str], None],
+) -> list[qat.Package]:
+    """Make packages.
+
+    Args:
+        recipe: The recipe.
+        qmodel: The calibrated or trained model.
+        places: Folder of each package by the names of its targets.
+        split: Images for the golden samples.
+        part: Options.
+        overwrite: Replace packages that are there.
+        say: Gets one line for every execution.
+
+    Raises:
+        TargetError: The model was not prepared for one of the targets.
+        VerificationError: A runtime's result differs by more than its bound.
+    """
+    samples = list(split.images(part.golden))
+    made = []
+    for names, place in places.items():
+        made.append(
+            qat.package(
+                qmodel,
+                names,
+                place,
+                samples=samples,
+                golden=part.golden,
+                io=IoMode(part.io.inputs, part.io.outputs),
+                name=recipe.name,
+                preprocessing=recipe.data.input.model_dump(exclude_none=True),
+                overwrite=overwrite,
+                say=lambda check: say(f"  {describe(check)}"),
+            )
+        )
+        say(f"{place}: package for {', '.join(names)}, {made[-1].manifest.standing}")
+    return made
 
 
 def verify_onnx(
