@@ -1,8 +1,9 @@
-"""Calibration with histograms against a plain float forward pass over the same batches, and torch.ao's calibration.
+"""Calibration against a plain float forward pass over the same batches, and torch.ao's calibration.
 
-    python benchmarks/calibration.py [--size 128] [--batch 16] [--batches 8] [--rounds 5] [--json FILE] [NETWORK ...]
+    python benchmarks/calibration.py [--observers histogram] [--size 128] [--batch 16] [--batches 8] [--rounds 5]
+                                     [--json FILE] [NETWORK ...]
 
-The three run in this process, in interleaved rounds, with the same weights (random, seeded), batches and memory format.
+All run in this process, in interleaved rounds, with the same weights (random, seeded), batches and memory format.
 `qat.calibrate` is timed as a whole: checks, batches, choosing the ranges (also shown apart), weights. torch.ao's FX
 calibration has HistogramObserver for activations and per-channel min-max for weights; its time is the batches and the
 choice of the ranges. Numbers are medians over the rounds of each round's ratio to the float pass; the milliseconds are
@@ -84,25 +85,31 @@ def choose_ranges(qmodel: PreparedModel) -> None:
         quantizer.finish()
 
 
-def measure(name: str, batches: list[Tensor], rounds: int) -> dict[str, Any]:
-    model = build(name, batches)
-    scheme = {"activations": {"observer": {"name": "histogram"}}}
-    qmodel = qat.prepare(model, (batches[0],), target=qat.load_target("arm-cpu"), scheme=scheme)
-    times: dict[str, list[float]] = {"float": [], "qat": [], "qat: ranges": [], "torch.ao": []}
-    for turn in range(rounds + 1):
-        peer, observers = torch_ao(model, batches[0])
+def prepared(model: nn.Module, example: Tensor, observer: str) -> PreparedModel:
+    scheme = {"activations": {"observer": {"name": observer}}}
+    return qat.prepare(model, (example,), target=qat.load_target("arm-cpu"), scheme=scheme)
 
-        def torch_ao_calibration(peer: nn.Module = peer, observers: list[Any] = observers) -> None:
+
+def measure(name: str, batches: list[Tensor], rounds: int, observers: list[str]) -> dict[str, Any]:
+    model = build(name, batches)
+    qmodels = {observer: prepared(model, batches[0], observer) for observer in observers}
+    ours = [key for observer in observers for key in (f"qat {observer}", f"{observer}: ranges")]
+    times: dict[str, list[float]] = {key: [] for key in ("float", *ours, "torch.ao")}
+    for turn in range(rounds + 1):
+        peer, peers = torch_ao(model, batches[0])
+
+        def torch_ao_calibration(peer: nn.Module = peer, peers: list[Any] = peers) -> None:
             run_all(peer, batches)
-            for observer in observers:
+            for observer in peers:
                 observer.calculate_qparams()
 
         calls: dict[str, Callable[[], object]] = {
             "float": lambda: run_all(model, batches),
-            "qat": lambda: qat.calibrate(qmodel, batches, progress=False),
-            "qat: ranges": lambda: choose_ranges(qmodel),
             "torch.ao": torch_ao_calibration,
         }
+        for observer, qmodel in qmodels.items():
+            calls[f"qat {observer}"] = lambda q=qmodel: qat.calibrate(q, batches, progress=False)
+            calls[f"{observer}: ranges"] = lambda q=qmodel: choose_ranges(q)
         for key, call in calls.items():
             elapsed = seconds(call)
             if turn > 0:  # the first round warms up
@@ -121,6 +128,7 @@ def measure(name: str, batches: list[Tensor], rounds: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=["mobilenet_v2", "resnet18"])
+    parser.add_argument("--observers", nargs="+", default=["histogram"], help="of activations")
     parser.add_argument("--size", type=int, default=128, help="height and width of the images")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--batches", type=int, default=8)
@@ -132,13 +140,13 @@ def main() -> None:
     warnings.simplefilter("ignore")
     batches = images(options.batches, options.batch, options.size)
     print(f"native: {native.status()}; {options.batches} batches of {options.batch} at {options.size} x {options.size}")
-    print(f"{'network':16}{'':14}{'ms':>10}{'/ float':>10}")
+    print(f"{'network':16}{'':24}{'ms':>10}{'/ float':>10}")
     results = []
     for name in options.networks:
-        result = measure(name, batches, options.rounds)
+        result = measure(name, batches, options.rounds, options.observers)
         results.append(result)
         for key, value in result["milliseconds"].items():
-            print(f"{name:16}{key:14}{value:10.1f}{result['ratio to float'][key]:10.2f}")
+            print(f"{name:16}{key:24}{value:10.1f}{result['ratio to float'][key]:10.2f}")
     if options.json:
         setting = {key: getattr(options, key) for key in ("size", "batch", "batches", "rounds", "threads")}
         options.json.write_text(json.dumps({"isa": native.status().isa, **setting, "results": results}, indent=1))
