@@ -51,7 +51,9 @@ class Executor:
         bound: Largest difference from the simulation in codes of 8 bits that an output may have; for other widths it
             scales with the number of codes.
         samples: Most samples that it is given, for emulators are slow; 0 for all.
-        role: `proof` is compared and counts; `record` is compared and written down, for runtimes that round otherwise.
+        role: `proof` is compared and counts; `record` is compared and written down, for runtimes that round otherwise;
+            `inspection` executes nothing: `run` gets no samples, gives no outputs, and raises where what it looks at
+            does not hold.
     """
 
     name: str
@@ -61,7 +63,7 @@ class Executor:
     run: Run
     bound: float = 0.0
     samples: int = 0
-    role: Literal["proof", "record"] = "proof"
+    role: Literal["proof", "record", "inspection"] = "proof"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Check:
         executor: Name of the executor.
         runtime: What ran it, or "" where it did not run.
         status: `passed` within the bound, `failed` outside of it or refused by the runtime, `recorded` for executors
-            whose difference is no condition, `not run` where something is missing.
+            whose difference is no condition and for inspections, `not run` where something is missing.
         outputs: The differences.
         samples: Number of samples executed.
         bound: What was allowed.
