@@ -52,7 +52,7 @@ def write_apu(program: Program, folder: Path, io: IoMode, *, batch_size: int = 1
 
 
 def sdk_libraries(soc: str) -> Path | None:
-    """Return the folder of NeuroPilot's `libneuron_adapter.so` for this machine, or None where the SDK is not installed.
+    """Return the folder of NeuroPilot's `libneuron_adapter.so` for this machine, or None without the SDK.
 
     It is `NEUROPILOT_SDK_ROOT/host/lib` or that folder itself, else what the package ai-edge-litert-sdk-mediatek has
     downloaded.
@@ -89,7 +89,7 @@ def compile_apu(model: Path, output: Path, soc: str) -> None:
     if libraries is None:
         raise ExportError(
             f"compiling {model.name} for {soc} needs MediaTek's NeuroPilot SDK, which is not installed",
-            "pip install ai-edge-litert-sdk-mediatek, or set NEUROPILOT_SDK_ROOT; without it the phone compiles the model",
+            "pip install ai-edge-litert-sdk-mediatek, or set NEUROPILOT_SDK_ROOT; else leave it to the phone to compile",
         )
     with TemporaryDirectory(prefix="qat-apu-") as folder, atomic_path(output) as temporary:
         compiled = Path(folder) / "compiled.tflite"
@@ -121,12 +121,15 @@ def _run(path: Path, artifact: Artifact, samples: Sequence[Sample]) -> tuple[Seq
         if len(models) != 1:
             raise ExportError(f"MediaTek's plug-in made {len(models)} Neuron models of {artifact.path}", "report this")
         found = compare(content, models[0])
-    return (), (
+    agreement = (
         f"each of the {found.operators} operators has a Neuron operation; {found.activations} activations and "
         f"{found.constants} weights and biases have the same types, sizes, scales and zero points there "
-        f"({', '.join(RECORDED_SOCS)})",
-        "legalization only: nothing was executed, and whether an APU runs it, and how it rounds, is not known",
+        f"({', '.join(RECORDED_SOCS)})"
     )
+    return (), (agreement, _LIMIT)
+
+
+_LIMIT = "legalization only: nothing was executed, and whether an APU runs it, and how it rounds, is not known"
 
 
 def apu_executors() -> tuple[Executor, ...]:

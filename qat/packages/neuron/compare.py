@@ -115,9 +115,7 @@ class _Comparison:
 
     def _borders(self, role: str, tensors: Sequence[int], operands: Sequence[int]) -> None:
         if len(tensors) != len(operands):
-            raise VerificationError(
-                f"the Neuron model has {len(operands)} {role}s and the file {len(tensors)}", _MEND
-            )
+            raise VerificationError(f"the Neuron model has {len(operands)} {role}s and the file {len(tensors)}", _MEND)
         for tensor, operand in zip(tensors, operands, strict=True):
             self._same(tensor, operand)
 
@@ -142,7 +140,8 @@ class _Comparison:
                 raise VerificationError(f"the result of operator {name} is not reshaped to its sizes", _MEND)
         if len(op.outputs) != len(operation.outputs):
             raise VerificationError(
-                f"operator {name} has {len(op.outputs)} results and its Neuron operation {len(operation.outputs)}", _MEND
+                f"operator {name} has {len(op.outputs)} results and its Neuron operation {len(operation.outputs)}",
+                _MEND,
             )
         for tensor, operand in zip(op.outputs, operation.outputs, strict=True):
             self._same(tensor, operand)
