@@ -89,7 +89,7 @@ def compile_apu(model: Path, output: Path, soc: str) -> None:
     if libraries is None:
         raise ExportError(
             f"compiling {model.name} for {soc} needs MediaTek's NeuroPilot SDK, which is not installed",
-            "pip install ai-edge-litert-sdk-mediatek, or set NEUROPILOT_SDK_ROOT; else leave it to the phone to compile",
+            "pip install ai-edge-litert-sdk-mediatek, or set NEUROPILOT_SDK_ROOT; else let the phone compile it",
         )
     with TemporaryDirectory(prefix="qat-apu-") as folder, atomic_path(output) as temporary:
         compiled = Path(folder) / "compiled.tflite"
