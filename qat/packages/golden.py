@@ -64,14 +64,15 @@ def _laid(contract: TensorContract, x: Tensor, profile: str) -> Array:
     return array
 
 
-def _folder(root: Path, artifact: Artifact, sample: int) -> Path:
+def sample_folder(root: Path, artifact: Artifact, sample: int) -> Path:
+    """Return the folder of a sample of an artifact, below a package's folder."""
     return root / FOLDER / artifact.path.replace("/", "_") / f"{sample:03d}"
 
 
 def write_golden(root: Path, artifact: Artifact, inputs: Sequence[Sample], outputs: Sequence[Sample]) -> None:
     """Write the samples of an artifact below a package's folder."""
     for number, (given, expected) in enumerate(zip(inputs, outputs, strict=True)):
-        folder = _folder(root, artifact, number)
+        folder = sample_folder(root, artifact, number)
         folder.mkdir(parents=True)
         for kind, contracts, arrays in (("input", artifact.inputs, given), ("output", artifact.outputs, expected)):
             for index, contract in enumerate(contracts):
@@ -87,7 +88,7 @@ def read_golden(root: Path, artifact: Artifact, count: int) -> tuple[list[Sample
     inputs: list[Sample] = []
     outputs: list[Sample] = []
     for number in range(count):
-        folder = _folder(root, artifact, number)
+        folder = sample_folder(root, artifact, number)
         inputs.append({c.name: _read(folder / f"input_{k}.npy", c) for k, c in enumerate(artifact.inputs)})
         outputs.append({c.name: _read(folder / f"output_{k}.npy", c) for k, c in enumerate(artifact.outputs)})
     return inputs, outputs

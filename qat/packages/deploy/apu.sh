@@ -48,15 +48,10 @@ choose_set() {
 }
 
 find_adapter() {
-    ADAPTER=
-    for name in libneuronusdk_adapter.mtk.so libneuron_adapter_mgvi.so libneuron_adapter.so; do
-        for folder in /vendor/lib64 /system_ext/lib64 /system/system_ext/lib64 /system/lib64 "/vendor/lib64/$SOC" /vendor/lib64/mt6xxx; do
-            if phone "[ -e $folder/$name ]"; then
-                ADAPTER=$folder/$name
-                break 2
-            fi
-        done
-    done
+    phone "for name in libneuronusdk_adapter.mtk.so libneuron_adapter_mgvi.so libneuron_adapter.so; do
+        for folder in /vendor/lib64 /system_ext/lib64 /system/system_ext/lib64 /system/lib64 /vendor/lib64/$SOC /vendor/lib64/mt6xxx; do
+            if [ -e \$folder/\$name ]; then echo \$folder/\$name; fi; done; done"
+    ADAPTER=$(printf '%s\n' "$ANSWER" | sed -n 1p)
     [ -n "$ADAPTER" ] ||
         fail "the phone has none of MediaTek's adapters (libneuronusdk_adapter.mtk.so, libneuron_adapter_mgvi.so, libneuron_adapter.so)" \
             "its maker has left NeuroPilot out: run the model on its CPU with the ARM CPU package"
@@ -178,7 +173,7 @@ family_commands() {
 family_run() {
     for number in $(samples_of "$MODEL"); do
         command_of "$number"
-        if ! phone "$COMMAND 2>&1"; then
+        if ! phone "$COMMAND"; then
             VERDICT=failed
             say "sample $number: benchmark_model ended with status $phone_status: $(printf '%s\n' "$ANSWER" | tail -n 2 | tr '\n' ' ')"
             continue

@@ -60,7 +60,7 @@ family_run() {
         command_of "$number"
         repeat=
         if [ "$number" = "$(samples_of "$PLAN" | sed -n 1p)" ]; then repeat='--repeat 20'; fi
-        if phone "$COMMAND $repeat 2>&1"; then
+        if phone "$COMMAND $repeat"; then
             say "$(printf '%s' "$ANSWER" | sed "s/^/  /")"
         else
             VERDICT=failed

@@ -124,7 +124,7 @@ adb_() {
 # phone COMMAND: runs it there; its output is in ANSWER, its exit status is returned. adb before Android 7 gives no
 # status back and ends lines with \r\n, so the status travels in the text.
 phone() {
-    ANSWER=$(adb_ shell "$1; echo \"qat-status:\$?\"" 2>"$WORK/adb-error" | tr -d '\r')
+    ANSWER=$(adb_ shell "{ $1; } 2>&1; echo \"qat-status:\$?\"" 2>"$WORK/adb-error" | tr -d '\r')
     case $ANSWER in
     *qat-status:[0-9]*) ;;
     *)
@@ -139,9 +139,15 @@ phone() {
     return "$phone_status"
 }
 
+read_properties() { # all at once: each call of adb takes its time
+    phone "for name in ro.product.manufacturer ro.product.model ro.product.cpu.abilist ro.product.cpu.abi \
+        ro.build.version.release ro.build.version.sdk ro.board.platform ro.soc.model ro.boot.secureboot; do
+        printf '%s=%s\\n' \$name \"\$(getprop \$name)\"; done"
+    printf '%s\n' "$ANSWER" >"$WORK/properties"
+}
+
 property() { # NAME: its value is in ANSWER, empty where there is none
-    phone "getprop $1"
-    ANSWER=$(printf '%s' "$ANSWER" | tr -d '\n')
+    ANSWER=$(sed -n "s/^$1=//p" "$WORK/properties")
 }
 
 first_line() {
@@ -184,10 +190,11 @@ find_phone() {
 }
 
 look_at_phone() {
+    read_properties
     property ro.product.manufacturer
     maker=$ANSWER
     property ro.product.model
-    decide phone "$SERIAL" "$maker $ANSWER"
+    decide phone "$SERIAL" "${maker:-maker unknown}, ${ANSWER:-model unknown}"
     property ro.product.cpu.abilist
     [ -n "$ANSWER" ] || property ro.product.cpu.abi
     case ,$ANSWER, in
@@ -253,38 +260,47 @@ remove_stage() {
 }
 
 check_place() {
-    phone "[ -d $(for_phone "$BASE") ] && [ -w $(for_phone "$BASE") ]" ||
-        fail "$BASE is no directory of the phone that adb may write" "choose another with --dir"
-    phone "[ ! -e $(for_phone "$REMOTE") ] || [ -f $(for_phone "$REMOTE/$MARK") ]" ||
-        fail "$REMOTE on the phone is no package of qat" "choose another place with --dir; it was not touched"
+    place=$(for_phone "$BASE") ours=$(for_phone "$REMOTE")
+    phone "if [ ! -d $place ] || [ ! -w $place ]; then echo closed
+        elif [ -e $ours ] && [ ! -f $ours/$MARK ]; then echo foreign; fi" || true
+    case $ANSWER in
+    closed) fail "$BASE is no directory of the phone that adb may write" "choose another with --dir" ;;
+    foreign) fail "$REMOTE on the phone is no package of qat" "choose another place with --dir; it was not touched" ;;
+    esac
 }
 
 install() {
     STAGE=$REMOTE.part-$$
-    phone "mkdir $(for_phone "$STAGE") && touch $(for_phone "$STAGE/$MARK")" ||
+    stage=$(for_phone "$STAGE") ours=$(for_phone "$REMOTE") old=$(for_phone "$REMOTE.old-$$")
+    cut -f 2 "$WORK/push" | sed -n 's,/[^/]*$,,p' | sort -u >"$WORK/folders"
+    folders=
+    while IFS= read -r folder; do folders="$folders $(for_phone "$STAGE/$folder")"; done <"$WORK/folders"
+    phone "mkdir $stage && touch $stage/$MARK${folders:+ && mkdir -p$folders}" ||
         fail "cannot make $STAGE on the phone ($(one_line))" "free some space on it, or choose another place with --dir"
+    programs=
     while IFS="$TAB" read -r file as mode; do
-        case $as in
-        */*) phone "mkdir -p $(for_phone "$STAGE/${as%/*}")" || fail "cannot make $STAGE/${as%/*} ($(one_line))" "see adb shell" ;;
-        esac
         adb_ push "$file" "$STAGE/$as" >"$WORK/push-log" 2>&1 ||
             fail "pushing $as failed ($(tail -n 1 "$WORK/push-log" | tr -d '\r'))" "check the cable and the phone's storage"
-        size=$(($(wc -c <"$file")))
-        if phone "wc -c < $(for_phone "$STAGE/$as")"; then
-            [ "$((ANSWER))" -eq "$size" ] ||
-                fail "$as arrived with $((ANSWER)) of $size bytes" "check the cable and the phone's storage"
-        fi
-        if [ "$mode" = x ]; then
-            phone "chmod 755 $(for_phone "$STAGE/$as")" || fail "cannot make $as executable ($(one_line))" "see adb shell"
-        fi
+        if [ "$mode" = x ]; then programs="$programs && chmod 755 $(for_phone "$STAGE/$as")"; fi
     done <"$WORK/push"
-    old=$REMOTE.old-$$
-    phone "if [ -e $(for_phone "$REMOTE") ]; then mv $(for_phone "$REMOTE") $(for_phone "$old"); fi &&
-        { mv $(for_phone "$STAGE") $(for_phone "$REMOTE") ||
-            { [ ! -e $(for_phone "$old") ] || mv $(for_phone "$old") $(for_phone "$REMOTE"); false; }; } &&
-        rm -rf $(for_phone "$old")" || fail "cannot rename $STAGE to $REMOTE ($(one_line))" "see adb shell ls $BASE"
+    check_sizes
+    phone "true$programs && if [ -e $ours ]; then mv $ours $old; fi &&
+        { mv $stage $ours || { [ ! -e $old ] || mv $old $ours; false; }; } && rm -rf $old" ||
+        fail "cannot rename $STAGE to $REMOTE ($(one_line))" "see adb shell ls $BASE"
     STAGE=
     say "installed: $REMOTE"
+}
+
+# an old adb says nothing of a push that was cut short
+check_sizes() {
+    phone "cd $stage && find . -type f | while read -r f; do echo \"\$(wc -c <\"\$f\") \$f\"; done" || true
+    printf '%s\n' "$ANSWER" | sed 's/^ *//' >"$WORK/sizes"
+    while IFS="$TAB" read -r file as mode; do
+        size=$(($(wc -c <"$file")))
+        arrived=$(awk -v name="./$as" '{ size = $1; sub(/^[0-9]+ /, "") } $0 == name { print size }' "$WORK/sizes")
+        [ "$arrived" = "$size" ] ||
+            fail "$as arrived with ${arrived:-unknown} of $size bytes" "check the cable and the phone's storage"
+    done <"$WORK/push"
 }
 
 one_line() {

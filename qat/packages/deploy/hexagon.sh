@@ -225,7 +225,7 @@ family_commands() {
 }
 
 family_run() {
-    if ! phone "$COMMAND 2>&1"; then
+    if ! phone "$COMMAND"; then
         VERDICT=failed
         say "qnn-net-run ended with status $phone_status: $(printf '%s\n' "$ANSWER" | tail -n 3 | tr '\n' ' ')"
         return

@@ -11,6 +11,7 @@ from typing import Literal
 from qat.errors import ExportError
 from qat.files import atomic_write_text
 from qat.packages.artifact import Artifact
+from qat.packages.golden import sample_folder
 
 Family = Literal["arm-cpu", "hexagon", "apu"]
 
@@ -69,11 +70,11 @@ def _rows(folder: Path, artifact: Artifact, golden: int) -> Iterator[tuple[str, 
     yield "artifact", _existing(folder, artifact.path), artifact.format, options
     for beside in _beside(folder, artifact):
         yield "file", artifact.path, beside
-    root = f"golden/{artifact.path.replace('/', '_')}"
     for sample in range(golden):
+        place = sample_folder(folder, artifact, sample).relative_to(folder).as_posix()
         for kind, contracts in (("input", artifact.inputs), ("output", artifact.outputs)):
             for index, contract in enumerate(contracts):
-                file = _existing(folder, f"{root}/{sample:03d}/{kind}_{index}.npy")
+                file = _existing(folder, f"{place}/{kind}_{index}.npy")
                 scale = "1" if contract.scale is None else f"{contract.scale:.9g}"
                 shape = ",".join(map(str, contract.shape)) or "1"
                 yield kind, artifact.path, file, contract.name, f"{sample:03d}", contract.dtype, scale, shape
