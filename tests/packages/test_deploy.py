@@ -121,7 +121,7 @@ def test_a_package_is_installed_whole(shell: str, old: bool, phones: Phones, arm
     before = files_of(arm)
     phones.add(files={"proc/cpuinfo": CPU.format("asimddp")}, **({"old": ""} if old else {}))
     done = phones.deploy(arm, shell=shell)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     pushed = phones.pushed()
     for name in ("model.qatplan", "golden/model.qatplan/000/input_0.npy", "golden/model.qatplan/001/input_0.npy"):
         assert pushed[name] == before[name]
@@ -328,7 +328,7 @@ def test_answers_that_are_expected(
     phones.add()
     package = make(tmp_path / "package", "arm-cpu", PLAN, runner=runner("-DSTEP=1"))
     done = phones.deploy(package, "--run", shell=shell)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert "output y 'z of sample 000: equal, 6 bytes" in done.stdout
     assert "output y 'z of sample 001: equal, 6 bytes" in done.stdout
     assert "  median 1.0 ms of 20" in done.stdout

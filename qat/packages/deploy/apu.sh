@@ -181,13 +181,13 @@ family_run() {
         say "$(printf '%s\n' "$ANSWER" | grep -i 'inference timings' | sed 's/^/  /')"
         adb_ pull "$REMOTE/answer-$number" "$WORK/answer" >"$WORK/pull-log" 2>&1 ||
             fail "pulling the answer of sample $number failed ($(first_line "$WORK/pull-log"))" "run this again"
-        start=1
+        offset=1
         while IFS="$TAB" read -r kind artifact file tensor sample dtype scale rest; do
             if [ "$kind" = output ] && [ "$artifact" = "$MODEL" ] && [ "$sample" = "$number" ]; then
                 elements "$HERE/$file" >"$WORK/part"
                 size=$(($(wc -c <"$WORK/part")))
-                tail -c "+$start" "$WORK/answer" | head -c "$size" >"$WORK/answer-part"
-                start=$((start + size))
+                tail -c "+$offset" "$WORK/answer" | head -c "$size" >"$WORK/answer-part"
+                offset=$((offset + size))
                 # how an APU rounds is not published, so nothing is demanded of it
                 compare "$tensor of sample $number" "$HERE/$file" "$WORK/answer-part" "$dtype" "$scale" -
             fi

@@ -321,7 +321,7 @@ npy_data() { # FILE: where the elements of a .npy begin, in bytes
 }
 
 elements() { # FILE: its elements, of a .npy without the header
-    if start=$(npy_data "$1"); then tail -c "+$((start + 1))" "$1"; else cat "$1"; fi
+    if head_size=$(npy_data "$1"); then tail -c "+$((head_size + 1))" "$1"; else cat "$1"; fi
 }
 
 column() { # FILE TYPE: one number a line
