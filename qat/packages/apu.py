@@ -8,47 +8,70 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qat.errors import ExportError
+from qat.errors import ExportError, VerificationError
 from qat.export.io_mode import IoMode
-from qat.export.tflite.writer import program_to_tflite
-from qat.files import atomic_path, atomic_write_bytes
-from qat.integer.program import Program
+from qat.files import atomic_path
 from qat.packages.artifact import Artifact
 from qat.packages.executor import Executor, Missing, Sample
+from qat.packages.files import write_tflite
 from qat.packages.neuron.compare import compare, refuse_left_over
 from qat.packages.neuron.library import compiler, stand_in
 from qat.packages.neuron.plugin import SOCS, apply, find_plugin
 from qat.packages.neuron.record import parse
+from qat.packages.runtimes import LITERT, XNNPACK
+from qat.packages.source import Source
 
-#: what an artifact of this package has among its options
+#: what `model.tflite` of this package has among its options
 _OPTION = ("device", "mediatek-apu")
 #: one SoC of each generation of NeuroPilot that the plug-in knows, 8 and 9
 RECORDED_SOCS = ("mt6989", "mt6993")
 _SDK = "ai_edge_litert_sdk_mediatek"
+_SOCS_VARIABLE = "QAT_APU_SOCS"
 
 
-def write_apu(program: Program, folder: Path, io: IoMode, *, batch_size: int = 1) -> Artifact:
+def write_apu(source: Source, folder: Path, io: IoMode) -> Artifact:
     """Write `model.tflite`.
 
     Args:
-        program: The converted network, of the `tflite` profile, planned for the target `apu`.
+        source: The model, planned for the target `apu`.
         folder: The package's folder.
         io: What the file takes and gives.
-        batch_size: Batch size; TFLite's shapes are fixed.
 
     Raises:
-        ExportError: See `program_to_tflite`.
+        ExportError: See `write_tflite`.
         OutputError: The file cannot be written.
     """
-    model = program_to_tflite(program, io=io, batch_size=batch_size)
-    atomic_write_bytes(folder / "model.tflite", model.content)
-    return Artifact("model.tflite", "tflite", "tflite", model.inputs, model.outputs, (_OPTION,))
+    return replace(write_tflite(source, folder, io), options=(_OPTION,))
+
+
+def write(source: Source, folder: Path, io: IoMode) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
+    """Write `model.tflite`, and what is compiled from it ahead of time for the SoCs that QAT_APU_SOCS names.
+
+    Raises:
+        ExportError: See `write_tflite`.
+        OutputError: A file cannot be written.
+    """
+    model = write_apu(source, folder, io)
+    artifacts, omitted = [model], {}
+    socs = [soc for soc in os.environ.get(_SOCS_VARIABLE, "").replace(",", " ").split() if soc]
+    if not socs:
+        omitted["compiled/"] = f"{_SOCS_VARIABLE} names no SoC (mt6989, ...), so the phone compiles the model"
+    for soc in socs:
+        path = f"compiled/{soc}/model.tflite"
+        try:
+            compile_apu(folder / model.path, folder / path, soc)
+        except (ExportError, VerificationError) as error:
+            omitted[path] = str(error)
+        else:
+            artifacts.append(replace(model, path=path, format="neuron", options=(("soc_model", soc),)))
+    return tuple(artifacts), omitted
 
 
 def sdk_libraries(soc: str) -> Path | None:
@@ -130,6 +153,11 @@ def _run(path: Path, artifact: Artifact, samples: Sequence[Sample]) -> tuple[Seq
 
 
 _LIMIT = "legalization only: nothing was executed, and whether an APU runs it, and how it rounds, is not known"
+
+
+def executors(targets: Sequence[str]) -> tuple[Executor, ...]:
+    """Return what executes the artifacts, and what inspects them."""
+    return (LITERT, XNNPACK, *apu_executors())
 
 
 def apu_executors() -> tuple[Executor, ...]:

@@ -9,8 +9,9 @@ from qat.export.contract import TensorContract
 
 __all__ = ["Artifact", "Format", "TensorContract"]
 
-#: formats of artifacts: ONNX (QDQ), TFLite, a plan of the native runner, a QNN context binary in its ONNX wrapper
-Format = Literal["onnx", "tflite", "plan", "qnn-context"]
+#: formats of artifacts: ONNX (QDQ), TFLite, a plan of the native runner, a QNN context binary in its ONNX wrapper, a
+#: .tflite that NeuroPilot has compiled for one SoC
+Format = Literal["onnx", "tflite", "plan", "qnn-context", "neuron"]
 
 
 @dataclass(frozen=True)

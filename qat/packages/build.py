@@ -18,6 +18,7 @@ from qat.export.model import split
 from qat.export.onnx import qat_version
 from qat.graph.batches import model_inputs
 from qat.graph.prepared import PreparedModel
+from qat.packages.deploy.write import write_deploy
 from qat.packages.executor import Check
 from qat.packages.folder import staged_folder
 from qat.packages.golden import golden_samples, write_golden
@@ -101,6 +102,7 @@ def package(
         simulations = {numerics: source.simulation(numerics) for numerics in {a.numerics for a in artifacts}}
         for artifact in artifacts:
             write_golden(stage, artifact, *golden_samples(simulations[artifact.numerics], artifact, source.batches))
+        write_deploy(stage, kind.name, name, artifacts, len(source.batches))
         source.encodings.save(stage / ENCODINGS)
         checks = execute(stage, artifacts, len(source.batches), kind.executors(targets), say)
         failed = [check for check in checks if check.status == "failed"]

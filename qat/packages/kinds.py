@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qat.errors import PackageError, TargetError
 from qat.export.io_mode import IoMode
-from qat.packages import arm_cpu
+from qat.packages import apu, arm_cpu
 from qat.packages.artifact import Artifact
 from qat.packages.executor import Executor
 from qat.packages.source import Source
@@ -33,7 +33,10 @@ class Kind:
     executors: Callable[[Sequence[str]], tuple[Executor, ...]]
 
 
-KINDS = (Kind("arm-cpu", "ARM CPU", ("arm-cpu",), arm_cpu.write, arm_cpu.executors),)
+KINDS = (
+    Kind("arm-cpu", "ARM CPU", ("arm-cpu",), arm_cpu.write, arm_cpu.executors),
+    Kind("apu", "MediaTek APU", ("apu",), apu.write, apu.executors),
+)
 
 
 def kind_named(name: str) -> Kind:

@@ -17,8 +17,13 @@ _USE = {
         "outputs are channels-last."
     ),
     "plan": "`qat_run {path} --input input_0.npy --output output_0.npy`",
+    "neuron": "LiteRT with MediaTek's dispatch library, on the SoC named only; nothing has executed it.",
     "qnn-context": "ONNX Runtime with the QNN execution provider; it was compiled for the generation named.",
 }
+_DEPLOY = (
+    "To put it on a phone that adb reaches: `./deploy.sh --dry-run` says what it would do and why, `./deploy.sh` does "
+    "it, `./deploy.sh --run` compares the phone's answers as well."
+)
 _STANDING = {
     "verified": "Every artifact was executed and held.",
     "partly verified": "**Some runtimes were not at hand; what they would have executed is not verified.**",
@@ -46,6 +51,7 @@ def readme(title: str, manifest: Manifest) -> str:
         about,
         f"## Verification\n\n{_STANDING[manifest.standing]}\n\n{checks}",
         "To do it again on this machine, in this folder: `qat verify .`",
+        _DEPLOY,
         *(_artifact(artifact) for artifact in manifest.artifacts),
         *(f"**{path} is not in this package**: {cause}." for path, cause in manifest.omitted.items()),
     ]

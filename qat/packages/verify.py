@@ -90,21 +90,22 @@ def _check(folder: Path, artifact: Artifact, golden: int, executor: Executor) ->
     missing = executor.missing()
     if missing is not None:
         return Check(artifact.path, executor.name, "", "not run", notes=(f"{missing.what} is missing", missing.mend))
-    count = min(golden, executor.samples) if executor.samples else golden
+    inspects = executor.role == "inspection"
+    count = 0 if inspects else min(golden, executor.samples) if executor.samples else golden
     inputs, expected = read_golden(folder, artifact, count)
     runtime = executor.runtime()
     # codes of 8 bits, so that a bound means the same share of the range at every width
     bound = executor.bound
     try:
         found, notes = executor.run(folder / artifact.path, artifact, inputs)
-        apart = differences(artifact.outputs, found, expected)
+        apart = () if inspects else differences(artifact.outputs, found, expected)
     except QatError as error:
         return Check(artifact.path, executor.name, runtime, "failed", (), count, bound, (str(error),))
     within = all(
         output.max_difference <= bound * fineness(contract)
-        for output, contract in zip(apart, artifact.outputs, strict=True)
+        for output, contract in zip(apart, artifact.outputs, strict=not inspects)
     )
-    status: Status = "recorded" if executor.role == "record" else "passed" if within else "failed"
+    status: Status = "recorded" if executor.role != "proof" else "passed" if within else "failed"
     return Check(artifact.path, executor.name, runtime, status, apart, count, bound, tuple(notes))
 
 

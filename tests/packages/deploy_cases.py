@@ -12,7 +12,7 @@ import numpy as np
 
 from qat.export.contract import TensorContract
 from qat.packages.artifact import Artifact
-from qat.packages.deploy.write import Family, write_deploy
+from qat.packages.deploy.write import write_deploy
 from qat.packages.golden import write_golden
 
 GOLDEN = 2
@@ -39,7 +39,7 @@ def expected(sample: int, dtype: str = "int8") -> np.ndarray[Any, Any]:
 
 def make(
     folder: Path,
-    family: Family,
+    family: str,
     formats: Sequence[tuple[str, str, tuple[tuple[str, str], ...]]],
     *,
     dtype: str = "int8",
@@ -55,7 +55,12 @@ def make(
         if kind == "qnn-context":
             file.with_suffix(".bin").write_bytes(b"blob")
         artifact = Artifact(
-            path, kind, "onnx", (contract("x", dtype),), (contract("y 'z", dtype),), options  # type: ignore[arg-type]
+            path,
+            kind,
+            "onnx",
+            (contract("x", dtype),),
+            (contract("y 'z", dtype),),
+            options,  # type: ignore[arg-type]
         )
         outputs = [{"y 'z": expected(sample, dtype)} for sample in range(GOLDEN)]
         write_golden(folder, artifact, [{"x": o["y 'z"] - np.asarray(1, dtype)} for o in outputs], outputs)

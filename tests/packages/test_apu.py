@@ -20,6 +20,7 @@ from qat.packages.executor import Missing
 from qat.packages.neuron import library, plugin
 from qat.packages.neuron.compare import CODES, compare
 from qat.packages.neuron.record import NeuronModel, Operand, parse
+from qat.packages.source import Source
 
 pytest.importorskip("ai_edge_litert", reason="needs ai-edge-litert: pip install 'qat[litert]'")
 _MISSING = apu.apu_executors()[0].missing()
@@ -64,7 +65,7 @@ def write(model: nn.Module, path: Path, io: IoMode = BOTH, target: str = "apu") 
     x = torch.randn(50, 3, 16, 16)
     qmodel = qat.prepare(model.eval(), (x[:1],), target=qat.load_target(target))
     qat.calibrate(qmodel, [x])
-    return apu.write_apu(qat.convert(qmodel, numerics="tflite").program, path, io)
+    return apu.write_apu(Source(qmodel, "net", (), (target,)), path, io)
 
 
 def run(folder: Path, artifact: Artifact) -> tuple[str, ...]:
@@ -359,3 +360,40 @@ def test_compilation_that_leaves_operators_writes_nothing(monkeypatch: pytest.Mo
     with pytest.raises(VerificationError, match="GATHER 'mish'"):
         apu.compile_apu(tmp_path / artifact.path, tmp_path / "out.tflite", "mt6989")
     assert not (tmp_path / "out.tflite").exists()
+
+
+# the whole package ----------------------------------------------------------------------------------------------------
+
+
+def test_the_package(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Small().eval(), torch.randn(50, 3, 16, 16)
+    qmodel = qat.prepare(model, (x[:1],), target=qat.load_target("apu"))
+    qat.calibrate(qmodel, [x])
+    made = qat.package(qmodel, "apu", tmp_path / "package", golden=2, io="codes")
+    checks = {check.executor: check for check in made.manifest.checks}
+    assert checks["litert"].status == "passed"
+    assert checks["mediatek-legalization"].status == ("recorded" if _MISSING is None else "not run")
+    assert checks["mediatek-legalization"].samples == 0
+    assert "QAT_APU_SOCS names no SoC" in made.manifest.omitted["compiled/"]
+    assert (tmp_path / "package/deploy.sh").stat().st_mode & 0o111
+    assert {"deploy.sh", "deploy/contents.tsv"} <= set(made.manifest.files)
+    if _MISSING is None:
+        assert made.manifest.standing == "verified"
+    assert qat.verify_package(tmp_path / "package").standing == made.manifest.standing
+
+
+@needs_plugin
+def test_a_package_with_compiled_files_is_verified_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEUROPILOT_SDK_ROOT", str(library.stand_in().parent))
+    monkeypatch.setenv("QAT_APU_SOCS", "mt6989, mt1")
+    torch.manual_seed(0)
+    model, x = Small().eval(), torch.randn(50, 3, 16, 16)
+    qmodel = qat.prepare(model, (x[:1],), target=qat.load_target("apu"))
+    qat.calibrate(qmodel, [x])
+    made = qat.package(qmodel, "apu", tmp_path / "package", golden=1)
+    assert [a.path for a in made.manifest.artifacts] == ["model.tflite", "compiled/mt6989/model.tflite"]
+    assert made.manifest.artifacts[1].options == (("soc_model", "mt6989"),)
+    assert "does not know 'mt1'" in made.manifest.omitted["compiled/mt1/model.tflite"]
+    assert made.manifest.standing == "partly verified"
+    assert "nothing has executed it" in (tmp_path / "package/README.md").read_text()

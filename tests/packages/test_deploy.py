@@ -92,7 +92,14 @@ def test_phones_that_do_not_do(properties: dict[str, str], said: str, phones: Ph
 
 @pytest.mark.parametrize(
     ("release", "sdk", "android"),
-    [("8.1.0", "27", 8), ("10", "29", 10), ("R", "30", 11), ("S_V2", "32", 12), ("Tiramisu", "33", 13), ("X", "36", 16)],
+    [
+        ("8.1.0", "27", 8),
+        ("10", "29", 10),
+        ("R", "30", 11),
+        ("S_V2", "32", 12),
+        ("Tiramisu", "33", 13),
+        ("X", "36", 16),
+    ],
 )
 def test_the_android_version(release: str, sdk: str, android: int, phones: Phones, arm: Path) -> None:
     phones.add(properties={"ro.build.version.release": release, "ro.build.version.sdk": sdk})
@@ -191,7 +198,9 @@ def test_a_phone_that_goes_away_is_said_and_what_it_keeps(phones: Phones, arm: P
     done = phones.deploy(arm)
     assert done.returncode == 2
     assert "(adb: device 'A1' not found)" in done.stderr
-    assert "may have been left on the phone; remove it with adb shell rm -rf /data/local/tmp/qat-net.part-" in done.stdout
+    assert (
+        "may have been left on the phone; remove it with adb shell rm -rf /data/local/tmp/qat-net.part-" in done.stdout
+    )
     gone = Phones(phones.folder / "other")
     gone.add(lose_after=0)
     assert "does not answer any more" in gone.deploy(arm).stderr
@@ -322,9 +331,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
 
 @needs_arm
 @pytest.mark.parametrize("shell", SHELLS)
-def test_answers_that_are_expected(
-    shell: str, runner: Callable[..., bytes], phones: Phones, tmp_path: Path
-) -> None:
+def test_answers_that_are_expected(shell: str, runner: Callable[..., bytes], phones: Phones, tmp_path: Path) -> None:
     phones.add()
     package = make(tmp_path / "package", "arm-cpu", PLAN, runner=runner("-DSTEP=1"))
     done = phones.deploy(package, "--run", shell=shell)

@@ -8,7 +8,7 @@ import pytest
 from deploy_cases import Phones, expected, make
 
 MODEL = ("model.tflite", "tflite", (("device", "mediatek-apu"),))
-COMPILED = ("compiled/mt6983/model.tflite", "tflite", (("soc_model", "mt6983"),))
+COMPILED = ("compiled/mt6983/model.tflite", "neuron", (("soc_model", "mt6983"),))
 USDK, MGVI, OLD = "libneuronusdk_adapter.mtk.so", "libneuron_adapter_mgvi.so", "libneuron_adapter.so"
 
 
@@ -46,7 +46,7 @@ def test_library_sets(soc: str, release: str, wanted: str, phones: Phones, packa
     phones.add(files={f"vendor/lib64/{USDK}": ""}, properties=mediatek(soc, release))
     done = phones.deploy(package, "--dry-run", APU_LIBRARY_ROOT="none")
     assert done.returncode == 0
-    assert f"library set: {wanted} (Android {release.split('.')[0]} on {soc.lower()})" in done.stdout
+    assert f"library set: {wanted} (Android {release.partition('.')[0]} on {soc.lower()})" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,9 @@ def test_libraries_that_are_missing(phones: Phones, package: Path, mace: Path) -
     (mace / "android_Q/mt67xx/libapu-frontend.so").unlink()
     assert "has no libapu-frontend.so" in phones.deploy(package, "-s", "A1", APU_LIBRARY_ROOT=str(mace)).stderr
     phones.add("B2", properties=mediatek("mt6833", "10"))
-    assert "has no libapu-platform.so for mt6833" in phones.deploy(package, "-s", "B2", APU_LIBRARY_ROOT=str(mace)).stderr
+    assert (
+        "has no libapu-platform.so for mt6833" in phones.deploy(package, "-s", "B2", APU_LIBRARY_ROOT=str(mace)).stderr
+    )
     (mace / "android_R/libapu-platform.so").unlink()
     phones.add("C3", properties=mediatek("mt6873", "11"))
     assert "has no libapu-platform.so" in phones.deploy(package, "-s", "C3", APU_LIBRARY_ROOT=str(mace)).stderr

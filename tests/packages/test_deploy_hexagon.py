@@ -95,7 +95,9 @@ def test_a_soc_that_is_not_in_the_table(phones: Phones, package: Path, sdk: str)
     phones.add("A1", files={FIRST: "9999"}, properties={"ro.board.platform": "new"})
     done = phones.deploy(package, "-s", "A1", QNN_SDK_ROOT=sdk)
     assert done.returncode == 2
-    assert "soc_id 9999 (ro.soc.model empty, ro.board.platform new) is not in deploy/soc.tsv; set QAT_DSP" in done.stderr
+    assert (
+        "soc_id 9999 (ro.soc.model empty, ro.board.platform new) is not in deploy/soc.tsv; set QAT_DSP" in done.stderr
+    )
     assert phones.left("A1") == []
     phones.add("B2", files={FIRST: "9999"}, properties={"ro.soc.model": "SM8650-AC"})
     done = phones.deploy(package, "-s", "B2", "--dry-run", QNN_SDK_ROOT=sdk)

@@ -100,11 +100,11 @@ push_libraries() {
 
 choose_model() {
     MODEL=$(awk -F '\t' -v option="soc_model=$SOC" \
-        '$1 == "artifact" && $3 == "tflite" && index("," $4 ",", "," option ",") { print $2; exit }' "$CONTENTS")
+        '$1 == "artifact" && $3 == "neuron" && index("," $4 ",", "," option ",") { print $2; exit }' "$CONTENTS")
     if [ -n "$MODEL" ] && [ "$SET" = v4 ]; then
         decide model "$MODEL" "compiled for $SOC"
     else
-        MODEL=$(awk -F '\t' '$1 == "artifact" && $3 == "tflite" && $4 !~ /soc_model=/ { print $2; exit }' "$CONTENTS")
+        MODEL=$(awk -F '\t' '$1 == "artifact" && $3 == "tflite" { print $2; exit }' "$CONTENTS")
         [ -n "$MODEL" ] || fail "the package has no .tflite for $SOC" "make it for the target apu"
         decide model "$MODEL" "the phone compiles it itself"
     fi

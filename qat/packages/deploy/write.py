@@ -6,24 +6,22 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal
 
 from qat.errors import ExportError
 from qat.files import atomic_write_text
 from qat.packages.artifact import Artifact
 from qat.packages.golden import sample_folder
 
-Family = Literal["arm-cpu", "hexagon", "apu"]
-
 FILE = "deploy.sh"
 FOLDER = "deploy"
 _SOURCES = Path(__file__).parent
-_SCRIPTS: dict[Family, str] = {"arm-cpu": "arm_cpu.sh", "hexagon": "hexagon.sh", "apu": "apu.sh"}
+#: scripts by the kind of package
+_SCRIPTS = {"arm-cpu": "arm_cpu.sh", "hexagon": "hexagon.sh", "apu": "apu.sh"}
 
 
 def write_deploy(
     folder: Path,
-    family: Family,
+    family: str,
     name: str,
     artifacts: Sequence[Artifact],
     golden: int,
@@ -34,7 +32,7 @@ def write_deploy(
 
     Args:
         folder: The package's folder.
-        family: Which family of devices.
+        family: Kind of the package: `arm-cpu`, `hexagon` or `apu`.
         name: Name of the model; the run directory on the phone is named after it.
         artifacts: The package's artifacts.
         golden: Number of golden samples of each artifact.
