@@ -71,6 +71,16 @@ def make(
     return folder
 
 
+def in_script(package: Path, folder: Path, commands: str, shell: str = "sh") -> str:
+    """What commands say that call functions of a package's deploy.sh, without a phone; their files lie in a folder."""
+    functions = (package / "deploy.sh").read_text().removesuffix('main "$@"\n')
+    (folder / "work").mkdir()
+    (folder / "functions.sh").write_text(f"{functions}\nWORK={folder}/work\n{commands}\n")
+    done = subprocess.run([shell, str(folder / "functions.sh")], capture_output=True, text=True, check=False)
+    assert done.stderr == "", done.stderr
+    return done.stdout
+
+
 class Phones:
     """A drawer of phones with a fake adb, see `fake_adb`."""
 

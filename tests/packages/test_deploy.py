@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
-from deploy_cases import ARM, ARM64, BASE, CPU, X86, Phones, elf, make
+from deploy_cases import ARM, ARM64, BASE, CPU, X86, Phones, elf, in_script, make
 
 SHELLS = [name for name in ("dash", "bash") if shutil.which(name)]
 PLAN = [("model.qatplan", "plan", ())]
@@ -28,6 +30,14 @@ def arm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="needs shellcheck")
+@pytest.mark.parametrize("family", ["arm-cpu", "hexagon", "apu"])
+def test_shellcheck_finds_nothing(family: str, tmp_path: Path) -> None:
+    script = make(tmp_path, family, []) / "deploy.sh"
+    done = subprocess.run(["shellcheck", "-s", "sh", str(script)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
 
 
 # reaching the phone ---------------------------------------------------------------------------------------------------
@@ -247,6 +257,61 @@ def test_json(phones: Phones, arm: Path) -> None:
     assert told["error"][0].startswith("the phone A1 is offline; ")
 
 
+# comparing ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize(
+    ("dtype", "expected", "found", "bound", "said"),
+    [
+        ("int8", [1, -128, 127], [1, -128, 127], 0, "equal, 3 bytes"),
+        ("int8", [1, -128, 127], [1, -127, 127], 0, "WRONG: 1 of 3 differ, by up to 1 codes"),
+        ("int8", [1, -128, 127], [1, -128, 126], 1, "1 of 3 differ, by up to 1 codes (allowed: 1)"),
+        ("int8", [1, -128, 127], [127, 127, 127], 1, "WRONG: 2 of 3 differ, by up to 255 codes"),
+        ("int8", [1, 2, 3], [1, 2], 9, "WRONG: 2 bytes in place of 3"),
+        ("int8", [1, 2, 3], [1, 2, 9], "-", "1 of 3 differ, by up to 6 codes (recorded; no bound is known)"),
+        ("uint8", [0, 128, 255], [0, 127, 254], 1, "2 of 3 differ, by up to 1 codes (allowed: 1)"),
+        ("uint16", [0, 40000, 65535], [0, 40200, 65535], 1, "1 of 3 differ, by up to 200 codes (allowed: 256)"),
+        ("int16", [0, -20000, 9], [300, -20000, 9], 1, "WRONG: 1 of 3 differ, by up to 300 codes"),
+        ("int32", [0, -(1 << 31), 9], [0, -(1 << 31), 8], 1, "1 of 3 differ, by up to 1 codes (allowed: 1)"),
+        ("float32", [1e-3, -2.5, 3], [1e-3, -2.0, 3], 1, "1 of 3 differ, by up to 1 codes (allowed: 1)"),
+        ("float32", [1e-3, -2.5, 3], [1e-3, -1.5, 3], 1, "WRONG: 1 of 3 differ, by up to 2 codes"),
+        ("float32", [1, 2, 3], [1, 2, float("nan")], 1, "WRONG: 1 of 3 differ, by up to 1e+30 codes"),
+        ("float32", [1, 2, 3], [1, 2, float("inf")], 1, "WRONG: 1 of 3 differ, by up to "),
+        ("float32", [1, float("nan"), 3], [1, 2, 3], 1, "WRONG: 1 of 3 differ, by up to 1e+30 codes"),
+        ("complex64", [1, 2, 3], [1, 2, 4], 1, None),
+    ],
+)
+def test_answers_are_compared_in_codes(
+    shell: str,
+    dtype: str,
+    expected: list[float],
+    found: list[float],
+    bound: int | str,
+    said: str | None,
+    arm: Path,
+    tmp_path: Path,
+) -> None:
+    np.save(tmp_path / "expected.npy", np.asarray(expected, dtype))
+    np.asarray(found, dtype).tofile(tmp_path / "found")
+    commands = f'cd {tmp_path}; compare y expected.npy found {dtype} 0.5 {bound}; echo "verdict $VERDICT"'
+    if said is None:
+        with pytest.raises(AssertionError, match="y is of type complex64, which cannot be compared"):
+            in_script(arm, tmp_path, commands, shell)
+        return
+    told = in_script(arm, tmp_path, commands, shell).splitlines()
+    assert told[0].startswith(f"output y: {said}")
+    assert told[1] == ("verdict failed" if said.startswith("WRONG") else "verdict ")
+
+
+def test_a_long_header_of_an_array_is_skipped(arm: Path, tmp_path: Path) -> None:
+    array = np.zeros(2, [("a" * 70000, "i1")])
+    with (tmp_path / "long.npy").open("wb") as file:
+        np.lib.format.write_array(file, array, version=(2, 0))
+    (tmp_path / "found").write_bytes(bytes(2))
+    assert "equal, 2 bytes" in in_script(arm, tmp_path, f"cd {tmp_path}; compare y long.npy found int8 1 0")
+
+
 # ARM CPU --------------------------------------------------------------------------------------------------------------
 
 
@@ -316,8 +381,6 @@ needs_arm = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def runner(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., bytes]:
-    import subprocess
-
     folder = tmp_path_factory.mktemp("runner")
 
     def build(*options: str) -> bytes:

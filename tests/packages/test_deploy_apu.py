@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from deploy_cases import Phones, expected, make
+from deploy_cases import Phones, expected, in_script, make
 
 MODEL = ("model.tflite", "tflite", (("device", "mediatek-apu"),))
 COMPILED = ("compiled/mt6983/model.tflite", "neuron", (("soc_model", "mt6983"),))
@@ -39,14 +39,19 @@ def mediatek(soc: str, release: str) -> dict[str, str]:
         ("mt6877", "11", "v4"),
         ("mt6877", "12", "v4"),
         ("mt6785", "13", "v4"),
-        ("MT6983", "14", "v4"),
+        ("mt6983", "14", "v4"),
     ],
 )
-def test_library_sets(soc: str, release: str, wanted: str, phones: Phones, package: Path) -> None:
-    phones.add(files={f"vendor/lib64/{USDK}": ""}, properties=mediatek(soc, release))
+def test_library_sets(soc: str, release: str, wanted: str, package: Path, tmp_path: Path) -> None:
+    android = release.partition(".")[0]
+    said = in_script(package, tmp_path, f"ANDROID={android} SOC={soc}; choose_set")
+    assert said == f"library set: {wanted} (Android {android} on {soc})\n"
+
+
+def test_versions_with_dots_choose_a_set(phones: Phones, package: Path) -> None:
+    phones.add(properties=mediatek("MT6771", "8.1.0"))
     done = phones.deploy(package, "--dry-run", APU_LIBRARY_ROOT="none")
-    assert done.returncode == 0
-    assert f"library set: {wanted} (Android {release.partition('.')[0]} on {soc.lower()})" in done.stdout
+    assert "library set: v1 (Android 8 on mt6771)" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -75,10 +75,7 @@ def test_both_places_of_the_soc_id(place: str, phones: Phones, package: Path, sd
 @pytest.mark.parametrize(
     ("soc_id", "said"),
     [
-        ("439", "dsp: HTP V68"),
         ("457", "dsp: HTP V69"),
-        ("557", "dsp: HTP V75"),
-        ("618", "dsp: HTP V79"),
         ("660", "dsp: HTP V81"),
         ("356", "dsp: DSP V66 (CDSP, mace; it has no HTP)"),
         ("415", "dsp: HTP V68 (CDSP, mace)"),
@@ -264,31 +261,15 @@ def ready(
     return package, str(sdk_of(tmp_path / "sdk", net_run=text))
 
 
-@pytest.mark.parametrize(
-    ("apart", "dtype", "status", "said"),
-    [
-        (0, "int8", 0, "equal, 6 bytes"),
-        (1, "int8", 0, "1 of 6 differ, by up to 1 codes (allowed: 1)"),
-        (-2, "int8", 1, "WRONG: 1 of 6 differ, by up to 2 codes"),
-        (1, "uint8", 0, "1 of 6 differ, by up to 1 codes (allowed: 1)"),
-        (200, "uint16", 0, "1 of 6 differ, by up to 200 codes (allowed: 256)"),
-        (-300, "int16", 1, "WRONG: 1 of 6 differ, by up to 300 codes"),
-        (0.5, "float32", 0, "1 of 6 differ, by up to 1 codes (allowed: 1)"),
-        (1.0, "float32", 1, "WRONG: 1 of 6 differ, by up to 2 codes"),
-        (float("nan"), "float32", 1, "WRONG: 1 of 6 differ"),
-        (float("inf"), "float32", 1, "WRONG: 1 of 6 differ"),
-    ],
-)
-def test_answers_are_compared_in_codes(
-    apart: float, dtype: str, status: int, said: str, phones: Phones, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("apart", "dtype", "status"), [(1, "int8", 0), (-300, "int16", 1), (0.5, "float32", 0)])
+def test_the_golden_inputs_are_run(apart: float, dtype: str, status: int, phones: Phones, tmp_path: Path) -> None:
     package, sdk = ready(tmp_path, phones, apart, dtype=dtype)
     done = phones.deploy(package, "--run", QNN_SDK_ROOT=sdk)
     assert (done.returncode, done.stderr) == (status, "")
-    assert f"output y 'z of sample 000: {said}" in done.stdout
-    assert f"output y 'z of sample 001: {said}" in done.stdout
-    native = dtype != "float32"
-    assert ("--use_native_input_files --use_native_output_files" in done.stdout) == native
+    assert "output y 'z of sample 000: " in done.stdout
+    assert "output y 'z of sample 001: " in done.stdout
+    assert ("WRONG" in done.stdout) == (status == 1)
+    assert ("--use_native_input_files --use_native_output_files" in done.stdout) == (dtype != "float32")
 
 
 @pytest.mark.parametrize("name", ["y 'z_native", "renamed_by_the_compiler"])

@@ -237,7 +237,9 @@ push_golden() { # ARTIFACT: its golden inputs, and the answers only stay here
 check_storage() {
     need=0
     while IFS="$TAB" read -r file as mode; do
-        need=$((need + ($(wc -c <"$file") + 1023) / 1024))
+        size=$(($(wc -c <"$file")))
+        need=$((need + (size + 1023) / 1024))
+        printf '%s ./%s\n' "$size" "$as" >>"$WORK/wanted-sizes"
     done <"$WORK/push"
     phone "df -k $(for_phone "$BASE")" || true
     free=$(printf '%s\n' "$ANSWER" | awk 'NF >= 4 { free = $(NF - 2) } END { print free }')
@@ -294,13 +296,14 @@ install() {
 # an old adb says nothing of a push that was cut short
 check_sizes() {
     phone "cd $stage && find . -type f | while read -r f; do echo \"\$(wc -c <\"\$f\") \$f\"; done" || true
-    printf '%s\n' "$ANSWER" | sed 's/^ *//' >"$WORK/sizes"
-    while IFS="$TAB" read -r file as mode; do
-        size=$(($(wc -c <"$file")))
-        arrived=$(awk -v name="./$as" '{ size = $1; sub(/^[0-9]+ /, "") } $0 == name { print size }' "$WORK/sizes")
-        [ "$arrived" = "$size" ] ||
-            fail "$as arrived with ${arrived:-unknown} of $size bytes" "check the cable and the phone's storage"
-    done <"$WORK/push"
+    printf '%s\n' "$ANSWER" >"$WORK/sizes"
+    cut_short=$(awk '
+        { size = $1; sub(/^ *[0-9]+ \.\//, "") }
+        FNR == NR { arrived[$0] = size; next }
+        !($0 in arrived) { arrived[$0] = "none" }
+        arrived[$0] != size { print $0 " arrived with " arrived[$0] " of " size " bytes"; exit }' \
+        "$WORK/sizes" "$WORK/wanted-sizes")
+    [ -z "$cut_short" ] || fail "$cut_short" "check the cable and the phone's storage"
 }
 
 one_line() {
@@ -361,7 +364,7 @@ compare() {
             { apart = ($1 - $2) / step; if (apart < 0) apart = -apart; if (apart > worst) worst = apart
               if ($1 != $2) unequal++
               # neither order nor comparison holds for what is no number
-              if ($2 ~ /[nN]/ && $1 !~ /[nN]/) worst = 1e30 }
+              if ($1 != $2 && ($1 ~ /[nN]/ || $2 ~ /[nN]/)) worst = 1e30 }
             END { wrong = bound != "-" && worst > bound + 0.01
                   printf "%s%d of %d differ, by up to %.4g codes", (wrong ? "WRONG: " : ""), unequal, NR, worst
                   if (bound == "-") printf " (recorded; no bound is known)"

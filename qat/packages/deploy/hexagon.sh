@@ -190,7 +190,7 @@ push_raw() {
         row=
         index=0
         while IFS="$TAB" read -r kind artifact file tensor sample dtype rest; do
-            [ "$artifact" = "$ARTIFACT" ] && [ "${sample:-}" = "$number" ] || continue
+            if [ "$artifact" != "$ARTIFACT" ] || [ "${sample:-}" != "$number" ]; then continue; fi
             if [ "$kind" = output ]; then
                 [ "$dtype" = float32 ] || NATIVE_OUT=--use_native_output_files
                 continue
@@ -242,8 +242,9 @@ family_run() {
                 done
                 if [ -z "$found" ]; then # the compiler may have renamed it, which is of no matter where there is one
                     set -- "$WORK/answers/Result_$result"/*.raw
-                    [ "$#" -eq 1 ] && [ -f "$1" ] ||
+                    if [ "$#" -ne 1 ] || [ ! -f "$1" ]; then
                         fail "qnn-net-run wrote no answer $tensor of sample $number" "see the names in $REMOTE/answers/Result_$result"
+                    fi
                     found=$1
                 fi
                 compare "$tensor of sample $number" "$HERE/$file" "$found" "$dtype" "$scale" 1

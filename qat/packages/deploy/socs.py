@@ -41,7 +41,20 @@ def read_socs() -> tuple[Soc, ...]:
 def soc_table() -> str:
     """Return the table in Markdown, SoCs with the same answer in one row."""
     rows = ["| Hexagon | QNN backend | process domain | soc_id (name) |", "| --- | --- | --- | --- |"]
-    for (dsp, backend, signing), socs in groupby(read_socs(), key=lambda soc: (soc.dsp, soc.backend, soc.signing)):
+    order = list(dict.fromkeys(soc.dsp for soc in read_socs()))
+    by_answer = sorted(read_socs(), key=lambda soc: (order.index(soc.dsp), soc.signing))
+    for (dsp, backend, signing), socs in groupby(by_answer, key=lambda soc: (soc.dsp, soc.backend, soc.signing)):
         names = ", ".join(f"{soc.soc_id}" + (f" ({soc.name})" if soc.name != "unnamed" else "") for soc in socs)
         rows.append(f"| {dsp} | {backend} | {signing} | {names} |")
     return "\n".join(rows)
+
+
+def with_socs(text: str) -> str:
+    """Return a page with the table, up to date, between the markers `<!-- socs -->` and `<!-- /socs -->`.
+
+    Raises:
+        ValueError: A marker is missing.
+    """
+    begin, end = "<!-- socs -->\n", "\n<!-- /socs -->"
+    before, rest = text.split(begin, 1)
+    return before + begin + soc_table() + end + rest.split(end, 1)[1]
