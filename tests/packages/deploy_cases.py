@@ -67,7 +67,7 @@ def make(
         artifacts.append(artifact)
     if runner is not None:
         (folder / "qat_run").write_bytes(runner)
-    write_deploy(folder, family, name, artifacts, GOLDEN, runner="qat_run" if runner is not None else None)
+    write_deploy(folder, family, name, artifacts, GOLDEN)
     return folder
 
 

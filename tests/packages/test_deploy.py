@@ -10,7 +10,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from deploy_cases import ARM, ARM64, BASE, CPU, X86, Phones, elf, in_script, make
+from torch import nn
+
+import qat
+from qat.errors import ExportError
+from qat.packages.artifact import Artifact
+from qat.packages.deploy.write import write_deploy
+from qat.packages.golden import golden_samples, write_golden
 
 SHELLS = [name for name in ("dash", "bash") if shutil.which(name)]
 PLAN = [("model.qatplan", "plan", ())]
@@ -38,6 +46,17 @@ def test_shellcheck_finds_nothing(family: str, tmp_path: Path) -> None:
     script = make(tmp_path, family, []) / "deploy.sh"
     done = subprocess.run(["shellcheck", "-s", "sh", str(script)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"model.qatplan is missing; write the artifacts and golden samples before"):
+        write_deploy(tmp_path, "arm-cpu", "net", [Artifact("model.qatplan", "plan", "onnx", (), ())], 0)
+    (tmp_path / "a\tb").touch()
+    with pytest.raises(ExportError, match=r"has a tab or a line break in a name; rename"):
+        write_deploy(tmp_path, "arm-cpu", "net", [Artifact("a\tb", "plan", "onnx", (), ())], 0)
+    assert not (tmp_path / "deploy.sh").exists()
+    write_deploy(tmp_path, "arm-cpu", "my net/2", [], 0)
+    assert (tmp_path / "deploy/contents.tsv").read_text() == "package\tmy_net_2\nfamily\tarm-cpu\n"
 
 
 # reaching the phone ---------------------------------------------------------------------------------------------------
@@ -402,6 +421,31 @@ def test_answers_that_are_expected(shell: str, runner: Callable[..., bytes], pho
     assert "output y 'z of sample 000: equal, 6 bytes" in done.stdout
     assert "output y 'z of sample 001: equal, 6 bytes" in done.stdout
     assert "  median 1.0 ms of 20" in done.stdout
+
+
+@needs_arm
+@pytest.mark.heavy
+def test_the_native_runner_on_three_processors(phones: Phones, tmp_path: Path) -> None:
+    runners = pytest.importorskip("qat.packages.runner", reason="needs the native runner")
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(392, 10)),
+        torch.randn(50, 3, 16, 16),
+    )
+    qmodel = qat.prepare(model.eval(), (x[:1],), target=qat.load_target("arm-cpu"))
+    qat.calibrate(qmodel, [x])
+    imodel = qat.convert(qmodel)
+    artifact = runners.write_plan(imodel, tmp_path, qat.IoMode("codes", "codes"))
+    batches = [(x[:1],), (x[1:2],)]
+    write_golden(tmp_path, artifact, *golden_samples(imodel, artifact, batches))
+    shutil.copyfile(runners.build_runner(), tmp_path / "qat_run")
+    write_deploy(tmp_path, "arm-cpu", "net", [artifact], len(batches))
+    phones.add()
+    for processor, chosen in (("cortex-a53", "neon"), ("neoverse-n1", "neondot"), ("max", "i8mm")):
+        done = phones.deploy(tmp_path, "--run", FAKE_CPU=processor)
+        assert (done.returncode, done.stderr) == (0, ""), done.stdout
+        assert f"instruction set: {chosen}\n" in done.stdout
+        assert done.stdout.count(": equal, 10 bytes") == 2
 
 
 @needs_arm

@@ -15,6 +15,8 @@ from qat.packages.golden import sample_folder
 FILE = "deploy.sh"
 FOLDER = "deploy"
 _SOURCES = Path(__file__).parent
+#: machine of an ELF file
+_ARM64 = (183).to_bytes(2, "little")
 #: scripts by the kind of package
 _SCRIPTS = {"arm-cpu": "arm_cpu.sh", "hexagon": "hexagon.sh", "apu": "apu.sh"}
 
@@ -25,8 +27,6 @@ def write_deploy(
     name: str,
     artifacts: Sequence[Artifact],
     golden: int,
-    *,
-    runner: str | None = None,
 ) -> None:
     """Write `deploy.sh` and `deploy/` into a package whose artifacts and golden samples are written already.
 
@@ -36,7 +36,6 @@ def write_deploy(
         name: Name of the model; the run directory on the phone is named after it.
         artifacts: The package's artifacts.
         golden: Number of golden samples of each artifact.
-        runner: Path below the folder of a runner that was built for arm64, of ARM CPU packages.
 
     Raises:
         ExportError: A file is missing, or a name has characters that a table cannot hold; it is named.
@@ -44,8 +43,7 @@ def write_deploy(
     """
     safe = re.sub(r"[^A-Za-z0-9._-]", "_", name) or "model"
     lines: list[tuple[str, ...]] = [("package", safe), ("family", family)]
-    if runner is not None:
-        lines.append(("runner", runner))
+    lines += [("runner", path) for path in _runners(folder)]
     for artifact in artifacts:
         lines += _rows(folder, artifact, golden)
     for line in lines:
@@ -60,6 +58,14 @@ def write_deploy(
         shutil.copyfile(_SOURCES / "soc.tsv", folder / FOLDER / "soc.tsv")
     atomic_write_text(folder / FILE, f'{script}\nmain "$@"\n')
     (folder / FILE).chmod(0o755)
+
+
+def _runners(folder: Path) -> Iterator[str]:
+    """The native runner that a package may hold, built for arm64."""
+    for path in sorted(folder.rglob("qat_run")):
+        head = path.read_bytes()[:20] if path.is_file() else b""
+        if head[:4] == b"\x7fELF" and head[18:] == _ARM64:
+            yield path.relative_to(folder).as_posix()
 
 
 def _rows(folder: Path, artifact: Artifact, golden: int) -> Iterator[tuple[str, ...]]:
