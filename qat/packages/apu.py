@@ -15,14 +15,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from qat.errors import ExportError, VerificationError
+from qat.errors import ExportError, QatError, VerificationError
 from qat.export.io_mode import IoMode
 from qat.files import atomic_path
 from qat.packages.artifact import Artifact
 from qat.packages.executor import Executor, Missing, Sample
 from qat.packages.files import write_tflite
 from qat.packages.neuron.compare import compare, refuse_left_over
-from qat.packages.neuron.library import compiler, stand_in
+from qat.packages.neuron.library import stand_in
 from qat.packages.neuron.plugin import SOCS, apply, find_plugin
 from qat.packages.neuron.record import parse
 from qat.packages.runtimes import LITERT, XNNPACK
@@ -123,8 +123,10 @@ def compile_apu(model: Path, output: Path, soc: str) -> None:
 def _missing() -> Missing | None:
     if find_plugin() is None:
         return Missing("MediaTek's compiler plug-in for LiteRT", "pip install 'qat[litert]' on Linux on x86-64")
-    if compiler() is None:
-        return Missing("a C compiler, for the recording stand-in of libneuron_adapter.so", "apt-get install gcc")
+    try:
+        stand_in()
+    except QatError as error:
+        return Missing("the recording stand-in for libneuron_adapter.so", str(error))
     return None
 
 

@@ -277,7 +277,7 @@ def test_a_missing_plugin_or_compiler_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("CC", "no-such-compiler-anywhere")
     missing = executor.missing()
     assert isinstance(missing, Missing)
-    assert "compiler" in missing.what
+    assert "needs a C compiler; install gcc or clang" in missing.mend
     with pytest.raises(ExportError, match="needs a C compiler"):
         library.stand_in()
 
