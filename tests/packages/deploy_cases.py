@@ -103,14 +103,18 @@ class Phones:
             (home / name).write_text(f"{text}\n" if text and not name.startswith("root/") else str(text))
         return root
 
+    def environment(self) -> dict[str, str]:
+        """The environment in which adb is the fake one, and nothing else is set."""
+        kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+        return {**kept, "ADB": str(self.adb), "FAKE_ADB": str(self.folder), "TMPDIR": str(self.folder)}
+
     def deploy(
         self, package: Path, *words: str, shell: str = "sh", **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Run a package's deploy.sh."""
-        kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
         return subprocess.run(
             [shell, str(package / "deploy.sh"), *words],
-            env={**kept, "ADB": str(self.adb), "FAKE_ADB": str(self.folder), "TMPDIR": str(self.folder), **environment},
+            env={**self.environment(), **environment},
             capture_output=True,
             text=True,
             check=False,

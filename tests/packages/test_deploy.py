@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -220,6 +223,26 @@ def test_a_push_that_fails_leaves_the_phone_as_it_was(
     assert cause in done.stderr
     assert phones.pushed() == {".qat-package": b"", "old": b"old"}
     assert phones.left() == ["qat-net"]
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_an_interrupted_push_leaves_the_phone_as_it_was(shell: str, phones: Phones, arm: Path) -> None:
+    phones.add(files={f"{RUN}/.qat-package": "", f"{RUN}/old": "old"}, hang_push="model.qatplan")
+    running = subprocess.Popen(
+        [shell, str(arm / "deploy.sh")],
+        env=phones.environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    hangs = phones.folder / "phones/A1/hangs"
+    while not hangs.exists() and running.poll() is None:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGTERM)
+    assert running.wait(timeout=60) == 130
+    assert phones.left() == ["qat-net"]
+    assert phones.pushed() == {".qat-package": b"", "old": b"old"}
+    assert [p.name for p in phones.folder.iterdir() if p.name.startswith("qat-deploy")] == []
 
 
 def test_a_phone_that_goes_away_is_said_and_what_it_keeps(phones: Phones, arm: Path) -> None:

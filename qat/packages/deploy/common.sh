@@ -272,13 +272,14 @@ check_place() {
 }
 
 install() {
-    STAGE=$REMOTE.part-$$
-    stage=$(for_phone "$STAGE") ours=$(for_phone "$REMOTE") old=$(for_phone "$REMOTE.old-$$")
+    stage=$(for_phone "$REMOTE.part-$$") ours=$(for_phone "$REMOTE") old=$(for_phone "$REMOTE.old-$$")
     cut -f 2 "$WORK/push" | sed -n 's,/[^/]*$,,p' | sort -u >"$WORK/folders"
     folders=
-    while IFS= read -r folder; do folders="$folders $(for_phone "$STAGE/$folder")"; done <"$WORK/folders"
-    phone "mkdir $stage && touch $stage/$MARK${folders:+ && mkdir -p$folders}" ||
-        fail "cannot make $STAGE on the phone ($(one_line))" "free some space on it, or choose another place with --dir"
+    while IFS= read -r folder; do folders="$folders $stage/$(for_phone "$folder")"; done <"$WORK/folders"
+    phone "mkdir $stage" || fail "cannot make $REMOTE.part-$$ on the phone ($(one_line))" "choose another place with --dir"
+    STAGE=$REMOTE.part-$$
+    phone "touch $stage/$MARK${folders:+ && mkdir -p$folders}" ||
+        fail "cannot make directories in $STAGE on the phone ($(one_line))" "free some space on it"
     programs=
     while IFS="$TAB" read -r file as mode; do
         adb_ push "$file" "$STAGE/$as" >"$WORK/push-log" 2>&1 ||
@@ -297,6 +298,10 @@ install() {
 check_sizes() {
     phone "cd $stage && find . -type f | while read -r f; do echo \"\$(wc -c <\"\$f\") \$f\"; done" || true
     printf '%s\n' "$ANSWER" >"$WORK/sizes"
+    if ! grep -q '^ *[0-9]' "$WORK/sizes"; then
+        hint "the sizes of what has arrived are not known: the phone has no find or no wc"
+        return
+    fi
     cut_short=$(awk '
         { size = $1; sub(/^ *[0-9]+ \.\//, "") }
         FNR == NR { arrived[$0] = size; next }
