@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from qat.packages.deploy.write import write_deploy
 from qat.packages.golden import write_golden
 
 GOLDEN = 2
+PLAN = [("model.qatplan", "plan", ())]
+SHELLS = [name for name in ("dash", "bash") if shutil.which(name)]
 BASE = "data/local/tmp"
 ARM64 = {"ro.product.cpu.abilist": "arm64-v8a,armeabi-v7a", "ro.build.version.release": "14"}
 CPU = "processor : 0\nFeatures : fp asimd {}\nCPU implementer : 0x41\n"

@@ -51,7 +51,7 @@ def write_deploy(
             raise ExportError(f"{line!r} has a tab or a line break in a name", "rename the tensor or the file")
     script = "\n".join(
         (_SOURCES / part).read_text(encoding="utf-8").removeprefix("# shellcheck shell=sh\n")
-        for part in ("common.sh", _SCRIPTS[family])
+        for part in ("common.sh", "compare.sh", _SCRIPTS[family])
     )
     atomic_write_text(folder / FOLDER / "contents.tsv", "".join("\t".join(line) + "\n" for line in lines))
     if family == "hexagon":
