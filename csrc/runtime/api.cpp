@@ -5,6 +5,8 @@
 #include <utility>
 
 #include "../kernels/integer/conv.h"
+#include "../kernels/integer/quantize.h"
+#include "borders.h"
 #include "check.h"
 #include "session.h"
 
@@ -72,6 +74,42 @@ int describe_border(const qat_plan* plan, bool input, int32_t index, qat_tensor_
   });
 }
 
+int describe_codes(const qat_plan* plan, bool input, int32_t index, qat_tensor_info* info) {
+  qat_tensor_info border;
+  const int status = describe_border(plan, input, index, &border);
+  if (status != QAT_OK) return status;
+  return guarded([&] {
+    need(info != nullptr, "info: is null; give a place for the result");
+    const auto& tensors = input ? plan->plan->inputs : plan->plan->outputs;
+    describe(qat::border_codes(*plan->plan, tensors[static_cast<size_t>(index)], input), info);
+    // the codes inside of the plan may lie in another order
+    info->name = border.name;
+    info->rank = border.rank;
+    std::memcpy(info->sizes, border.sizes, sizeof info->sizes);
+  });
+}
+
+// `count` elements in one row.
+qat::View row(const void* data, qat::Type type, int64_t count) {
+  qat::View view{};
+  // the other one of two is written
+  view.data = const_cast<void*>(data);
+  view.type = type;
+  view.rank = 1;
+  view.sizes[0] = count;
+  return view;
+}
+
+qat::View codes_row(const qat_tensor_info* info, const void* data, int64_t count) {
+  need(info != nullptr && data != nullptr && count >= 0, "info, codes, count: is null or negative; give all of them");
+  const auto type = static_cast<qat::Type>(info->type);
+  qat::View view = row(data, type, count);
+  view.grid = {info->scale, info->zero_point, info->qmin, info->qmax, false};
+  need(qat::is_codes(type) && qat::is_grid(type, view.grid),
+       "info: has no codes with a grid; give what qat_plan_input_codes or qat_plan_output_codes says");
+  return view;
+}
+
 const qat::Operator* find_operator(const qat_plan* plan, int32_t index) {
   if (plan == nullptr || index < 0 || static_cast<size_t>(index) >= plan->plan->operators.size()) return nullptr;
   return &plan->plan->operators[static_cast<size_t>(index)];
@@ -137,6 +175,30 @@ int qat_plan_output(const qat_plan* plan, int32_t index, qat_tensor_info* info) 
   return describe_border(plan, false, index, info);
 }
 
+int qat_plan_input_codes(const qat_plan* plan, int32_t index, qat_tensor_info* info) {
+  return describe_codes(plan, true, index, info);
+}
+
+int qat_plan_output_codes(const qat_plan* plan, int32_t index, qat_tensor_info* info) {
+  return describe_codes(plan, false, index, info);
+}
+
+int qat_quantize(const qat_tensor_info* info, const float* values, int64_t count, void* codes) {
+  return guarded([&] {
+    const qat::View y = codes_row(info, codes, count);
+    need(values != nullptr, "values: is null; give the floats");
+    qat::quantize("", {qat::run_serially, nullptr, 1}, row(values, qat::Type::f32, count), y, nullptr);
+  });
+}
+
+int qat_dequantize(const qat_tensor_info* info, const void* codes, int64_t count, float* values) {
+  return guarded([&] {
+    const qat::View x = codes_row(info, codes, count);
+    need(values != nullptr, "values: is null; give a place for the floats");
+    qat::dequantize("", {qat::run_serially, nullptr, 1}, x, row(values, qat::Type::f32, count), nullptr);
+  });
+}
+
 int32_t qat_plan_operators(const qat_plan* plan) {
   return plan == nullptr ? 0 : static_cast<int32_t>(plan->plan->operators.size());
 }
@@ -175,6 +237,8 @@ int qat_session_run(qat_session* session, const void* const* inputs, void* const
 int64_t qat_session_arena_bytes(const qat_session* session) {
   return session == nullptr ? 0 : session->session.arena_bytes();
 }
+
+const char* qat_session_isa(const qat_session* session) { return session == nullptr ? nullptr : session->session.isa(); }
 
 int qat_session_profile(qat_session* session, int on) {
   return guarded([&] {

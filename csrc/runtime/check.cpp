@@ -23,13 +23,6 @@ Range range_of(Type type) {
   }
 }
 
-// The zero point may lie outside of a range that a clamp has made narrower.
-bool is_grid(Type type, const Grid& g) {
-  const Range r = range_of(type);
-  return is_finite_positive(g.scale) && g.zero_point >= r.low && g.zero_point <= r.high && g.qmin >= r.low &&
-         g.qmax <= r.high && g.qmin <= g.qmax;
-}
-
 int64_t codes_of(const Grid& grid) { return int64_t{grid.qmax} - grid.qmin + 1; }
 
 void check_elementwise(const Checker& c) {
@@ -153,6 +146,12 @@ void check_operator(const Checker& c) {
 }
 
 }  // namespace
+
+bool is_grid(Type type, const Grid& g) {
+  const Range r = range_of(type);
+  return is_finite_positive(g.scale) && g.zero_point >= r.low && g.zero_point <= r.high && g.qmin >= r.low &&
+         g.qmax <= r.high && g.qmin <= g.qmax;
+}
 
 std::vector<View> resolve_sizes(const Plan& plan, int64_t batch) {
   std::vector<View> views;

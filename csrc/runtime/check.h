@@ -25,6 +25,9 @@ std::vector<View> resolve_sizes(const Plan& plan, int64_t batch);
 // Throws Error, which names the operator.
 void check_plan(const Plan& plan, const std::vector<View>& arrays);
 
+// Whether a grid of codes makes sense. The zero point may lie outside of a range that a clamp has made narrower.
+bool is_grid(Type type, const Grid& grid);
+
 // What the integers of an operator say, for sizes that were checked.
 ConvShape conv_shape(const Operator& op, const View& x, const View& y);
 Grid conv_own_grid(const Operator& op);

@@ -77,7 +77,7 @@ typedef void (*qat_parallel)(void* context, int64_t begin, int64_t end, int64_t 
 typedef struct qat_options {
   const char* isa;      /* "portable", "avx2", ...; NULL or "": the best that the processor has */
   int32_t threads;      /* into how many parts work is cut, at most 1024; 0 is 1 */
-  int32_t flags;        /* QAT_POISON or 0 */
+  int32_t flags;        /* QAT_POISON, QAT_UNCHECKED_ISA or 0 */
   qat_parallel parallel; /* NULL: threads of the session itself, threads - 1 of them */
   void* parallel_context;
   int64_t memory_limit; /* in bytes, of what qat_session_arena_bytes counts; 0: none */
@@ -85,6 +85,9 @@ typedef struct qat_options {
 
 /* Fills the memory for intermediate tensors with 0xAA before every run, so that tests notice what reads too early. */
 #define QAT_POISON 1
+/* Takes the `isa` that is named although the processor may lack it, and then dies of an illegal instruction: for tests of
+ * the choice. */
+#define QAT_UNCHECKED_ISA 2
 
 /* Message of the last call of this thread that failed; "" before the first. Valid until the next failure. */
 QAT_API const char* qat_last_error(void);
@@ -103,6 +106,14 @@ QAT_API int32_t qat_plan_outputs(const qat_plan* plan);
 /* QAT_INVALID_ARGUMENT for an index outside of [0, count). */
 QAT_API int qat_plan_input(const qat_plan* plan, int32_t index, qat_tensor_info* info);
 QAT_API int qat_plan_output(const qat_plan* plan, int32_t index, qat_tensor_info* info);
+/* The codes of a border, with the sizes of the border: its own or, where it is float, those that it is quantized to
+ * before anything else, or was dequantized from. QAT_INVALID_ARGUMENT where there are none, or several grids. */
+QAT_API int qat_plan_input_codes(const qat_plan* plan, int32_t index, qat_tensor_info* info);
+QAT_API int qat_plan_output_codes(const qat_plan* plan, int32_t index, qat_tensor_info* info);
+/* Between floats and codes of a border, element by element, as the operators quantize and dequantize of a plan do it: a
+ * division, half to even, nan becomes qmin. */
+QAT_API int qat_quantize(const qat_tensor_info* info, const float* values, int64_t count, void* codes);
+QAT_API int qat_dequantize(const qat_tensor_info* info, const void* codes, int64_t count, float* values);
 QAT_API int32_t qat_plan_operators(const qat_plan* plan);
 /* In order of execution; NULL for an index outside of [0, count). The kind is as in docs/plan_format.md, "conv" say. */
 QAT_API const char* qat_plan_operator_name(const qat_plan* plan, int32_t index);
@@ -118,6 +129,8 @@ QAT_API void qat_session_free(qat_session* session);
 QAT_API int qat_session_run(qat_session* session, const void* const* inputs, void* const* outputs);
 /* Bytes for intermediate tensors and scratch, which live in one block. */
 QAT_API int64_t qat_session_arena_bytes(const qat_session* session);
+/* The instruction set in use; lives as long as the library. */
+QAT_API const char* qat_session_isa(const qat_session* session);
 /* Starts (1) or stops (0) measuring; starting sets all times to 0. */
 QAT_API int qat_session_profile(qat_session* session, int on);
 /* Nanoseconds of each operator, summed over the runs since the start of measuring; 0 for what costs nothing

@@ -25,7 +25,7 @@ Session::Session(std::shared_ptr<const Plan> plan, std::shared_ptr<WeightCache> 
     : plan_(std::move(plan)), poison_((options.flags & QAT_POISON) != 0) {
   const char* isa = options.isa == nullptr ? "" : options.isa;
   const int32_t threads = options.threads == 0 ? 1 : options.threads;
-  machine_.isa = find_integer_isa(isa);
+  machine_.isa = find_integer_isa(isa, (options.flags & QAT_UNCHECKED_ISA) != 0);
   if (machine_.isa == nullptr) {
     throw Error(QAT_INVALID_ARGUMENT,
                 "isa '" + std::string(isa) + "': is unknown, or this processor lacks it; leave it empty");
@@ -37,7 +37,7 @@ Session::Session(std::shared_ptr<const Plan> plan, std::shared_ptr<WeightCache> 
     throw Error(QAT_INVALID_ARGUMENT,
                 "threads " + std::to_string(threads) + ": is outside of [1, 1024]; give 0 for one");
   }
-  if ((options.flags & ~QAT_POISON) != 0) throw Error(QAT_INVALID_ARGUMENT, "flags: has unknown bits; give 0");
+  if ((options.flags & ~(QAT_POISON | QAT_UNCHECKED_ISA)) != 0) throw Error(QAT_INVALID_ARGUMENT, "flags: has unknown bits; give 0");
   arrays_ = resolve_sizes(*plan_, batch);
   check_plan(*plan_, arrays_);
   machine_.threads = {options.parallel, options.parallel_context, threads};

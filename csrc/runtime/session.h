@@ -22,6 +22,7 @@ class Session {
 
   const Plan& plan() const { return *plan_; }
   int64_t arena_bytes() const { return memory_.bytes; }
+  const char* isa() const { return machine_.isa; }
   void profile(bool on);
   const std::vector<int64_t>& times() const { return times_; }
 

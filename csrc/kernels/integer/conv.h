@@ -84,7 +84,8 @@ int64_t matmul_scratch(const char* isa, const MatmulShape& shape, int32_t thread
 void run_matmul(const char* isa, const Threads& threads, const MatmulShape& shape, const View& a, const View& b,
                 const View& y, void* scratch);
 
-// Which instruction set `isa` ("" for the best) stands for here; null where it is unknown or cannot run.
-const char* find_integer_isa(const char* isa);
+// Which instruction set `isa` ("" for the best) stands for here; null where it is unknown or, but for `unchecked`, cannot
+// run.
+const char* find_integer_isa(const char* isa, bool unchecked = false);
 
 }  // namespace qat

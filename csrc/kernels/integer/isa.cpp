@@ -28,33 +28,40 @@ bool runs_avxvnni() {
 
 }  // namespace
 
-const Int8Kernels* find_int8_kernels(const char* isa) {
+const Int8Kernels* find_int8_kernels(const char* isa, bool unchecked) {
+  struct Candidate {
+    const Int8Kernels* kernels;  // null where the build lacks them
+    bool runs;
+  };
 #if defined(__x86_64__)
-  const Int8Kernels* const runnable[] = {
-      runs_avx512vnni() ? int8_avx512vnni() : nullptr,
-      runs_avxvnni() ? int8_avxvnni() : nullptr,
-      runs_avx2() ? int8_avx2() : nullptr,
-      int8_portable(),
+  const Candidate candidates[] = {
+      {int8_avx512vnni(), runs_avx512vnni()},
+      {int8_avxvnni(), runs_avxvnni()},
+      {int8_avx2(), runs_avx2()},
+      {int8_portable(), true},
   };
 #elif defined(__aarch64__)
-  const Int8Kernels* const runnable[] = {
-      runs_i8mm() ? int8_i8mm() : nullptr,
-      runs_neondot() ? int8_neondot() : nullptr,
-      int8_neon(),
-      int8_portable(),
+  const Candidate candidates[] = {
+      {int8_i8mm(), runs_i8mm()},
+      {int8_neondot(), runs_neondot()},
+      {int8_neon(), true},
+      {int8_portable(), true},
   };
 #else
-  const Int8Kernels* const runnable[] = {int8_portable()};
+  const Candidate candidates[] = {{int8_portable(), true}};
 #endif
   const bool best = *isa == '\0' || std::strcmp(isa, "avx512") == 0;
-  for (const Int8Kernels* kernels : runnable) {
-    if (kernels != nullptr && (best || std::strcmp(isa, kernels->isa) == 0)) return kernels;
+  for (const Candidate& candidate : candidates) {
+    if (candidate.kernels == nullptr) continue;
+    if (best ? candidate.runs : std::strcmp(isa, candidate.kernels->isa) == 0 && (candidate.runs || unchecked)) {
+      return candidate.kernels;
+    }
   }
   return nullptr;
 }
 
-const char* find_integer_isa(const char* isa) {
-  const Int8Kernels* kernels = find_int8_kernels(isa);
+const char* find_integer_isa(const char* isa, bool unchecked) {
+  const Int8Kernels* kernels = find_int8_kernels(isa, unchecked);
   return kernels == nullptr ? nullptr : kernels->isa;
 }
 

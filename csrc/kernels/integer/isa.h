@@ -172,7 +172,7 @@ struct Int8Kernels {
   int32_t left_bytes() const { return widen == nullptr ? 1 : 2; }
 };
 
-// Null where the build or the processor lacks the instructions.
+// Null where the build lacks the instructions; the processor is not asked.
 const Int8Kernels* int8_avx512vnni();
 const Int8Kernels* int8_avxvnni();
 const Int8Kernels* int8_avx2();
@@ -181,7 +181,8 @@ const Int8Kernels* int8_neondot();
 const Int8Kernels* int8_neon();
 const Int8Kernels* int8_portable();
 
-// "" is the best; null where it is unknown or cannot run. "avx512" stands for the best below or with 512 bits.
-const Int8Kernels* find_int8_kernels(const char* isa);
+// "" is the best; null where it is unknown or cannot run. "avx512" stands for the best below or with 512 bits. `unchecked`
+// takes a set that is named whether the processor has it or not.
+const Int8Kernels* find_int8_kernels(const char* isa, bool unchecked = false);
 
 }  // namespace qat

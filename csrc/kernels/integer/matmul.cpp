@@ -24,7 +24,7 @@ struct Plan {
   int64_t panel_bytes, columns_bytes, rows_bytes, pointers_bytes, raw_bytes;
   int64_t wide_row_bytes, wide_bytes;  // of an activation's copy as words, or 0
 
-  Plan(const char* isa, const MatmulShape& s) : kernels(find_int8_kernels(isa)) {
+  Plan(const char* isa, const MatmulShape& s) : kernels(find_int8_kernels(isa, true)) {
     const int64_t all_units = (s.n + unit_columns - 1) / unit_columns;
     panels = (all_units + kernels->units - 1) / kernels->units;
     units = static_cast<int32_t>((all_units + panels - 1) / std::max<int64_t>(panels, 1));

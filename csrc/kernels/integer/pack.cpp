@@ -111,7 +111,7 @@ std::shared_ptr<const PackedWeights> pack_weights(const char* isa, const Weights
   auto packed = std::make_shared<PackedWeights>();
   PackedWeights& p = *packed;
   std::vector<int16_t> values = centred(weights);
-  p.kernels = find_int8_kernels(isa);
+  p.kernels = find_int8_kernels(isa, true);
   p.method = choose(weights, values, x, transposed);
   p.outputs = weights.outputs;
   p.inputs = weights.inputs;
