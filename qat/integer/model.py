@@ -89,10 +89,14 @@ class IntegerModel(nn.Module):
         """
         return self._on_native().placement
 
+    def constant_values(self) -> dict[str, Tensor]:
+        """Return the value of each of the program's constants, as this model holds it."""
+        return {name: self.constants.get_buffer(key) for name, key in self._keys.items()}
+
     def _on_native(self) -> NativeProgram:
         if self._native is None:
             known = runner.status()
-            values = {name: self.constants.get_buffer(key) for name, key in self._keys.items()}
+            values = self.constant_values()
             elsewhere = next((str(v.device) for v in values.values() if v.device.type != "cpu"), "")
             reason = self._arithmetic.native or (f"the model is on {elsewhere}" if elsewhere else known.reason)
             active = known.active and not elsewhere and not self._arithmetic.native

@@ -8,6 +8,7 @@
 - `fusion`: which operators become part of the one before.
 - `products`, `spatial`, `pointwise`, `moves`: how each kind of operator is written, one family a file.
 - `lowering`: a segment becomes a plan.
+- `whole`: a whole program becomes one plan file, for devices.
 - `execution`: sessions of the runner, and the values that go in and out.
 - `profiling`: the time of every operator.
 """

@@ -37,7 +37,13 @@ class SegmentPlan:
 
 
 def lower_segment(
-    program: Program, segment: Segment, constants: Mapping[str, Tensor], *, single: bool, fuse: bool = True
+    program: Program,
+    segment: Segment,
+    constants: Mapping[str, Tensor],
+    *,
+    single: bool,
+    fuse: bool = True,
+    physical: bool = False,
 ) -> SegmentPlan:
     """Write the plan of a segment.
 
@@ -47,9 +53,18 @@ def lower_segment(
         constants: The values of the program's constants.
         single: For a batch size of 1; only `depends_on_batch` segments differ.
         fuse: Make operators part of the ones before them where that changes no bit.
+        physical: Inputs of codes lie as their first reader wants them, and not in logical order.
     """
     builder = Builder(program, constants, wanted_orders(program, segment.ops), single)
-    inputs = tuple(builder.define(name, logical(len(program.tensors[name].shape))) for name in segment.inputs)
+    inputs = tuple(
+        builder.define(
+            name,
+            builder.want(name)
+            if physical and program.encoding_of(name) is not None
+            else logical(len(program.tensors[name].shape)),
+        )
+        for name in segment.inputs
+    )
     for step in steps_of(program, segment.ops, segment.outputs, fuse):
         _WRITERS[step.op.kind](builder, step)
     outputs = tuple(builder.output(name) for name in segment.outputs)
