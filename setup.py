@@ -21,6 +21,7 @@ from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 # relative, because setuptools wants the sources of an extension so
 CSRC = Path("csrc")
@@ -45,6 +46,24 @@ def kernel_options(machine: str) -> dict[str, list[str]]:
 
 
 KERNEL_OPTIONS = kernel_options(platform.machine())
+
+
+#: what `qat.packages.sources` looks for in an installed package; in a checkout it finds csrc itself
+RUNNER_SOURCES = ("CMakeLists.txt", "kernel_options.txt", "cmake/*", "kernels/integer/*", "runtime/*", "runner/*")
+
+
+class PythonBuild(build_py):
+    """Adds the sources of the runner for devices, which packages contain and which are built for them."""
+
+    def run(self) -> None:
+        """Copy the sources beside `qat/packages`, unless the installation is editable."""
+        super().run()
+        if self.editable_mode:
+            return
+        for source in (path for part in RUNNER_SOURCES for path in sorted(CSRC.glob(part))):
+            target = Path(self.build_lib) / "qat" / "packages" / CSRC / source.relative_to(CSRC)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            self.copy_file(str(source), str(target))
 
 
 class NativeBuild(build_ext):
@@ -159,9 +178,9 @@ def gencode() -> list[str]:
 
 
 def native() -> dict[str, Any]:
-    """Return the arguments of `setup` that are about the extension."""
+    """Return the arguments of `setup` that are about csrc."""
     if os.environ.get("QAT_NO_NATIVE", "0") not in {"", "0"}:
-        return {}
+        return {"cmdclass": {"build_py": PythonBuild}}
     extension = Extension(
         "qat.native._C",
         sources=sorted(
@@ -180,7 +199,7 @@ def native() -> dict[str, Any]:
     )
     return {
         "ext_modules": [extension],
-        "cmdclass": {"build_ext": NativeBuild},
+        "cmdclass": {"build_ext": NativeBuild, "build_py": PythonBuild},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

@@ -10,7 +10,10 @@ import functools
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from qat.errors import StateError
@@ -33,7 +36,44 @@ class _Options(ctypes.Structure):
     )
 
 
+class _TensorInfo(ctypes.Structure):
+    """`qat_tensor_info`."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("type", ctypes.c_int32),
+        ("rank", ctypes.c_int32),
+        ("sizes", ctypes.c_int64 * 8),
+        ("scale", ctypes.c_float),
+        ("zero_point", ctypes.c_int32),
+        ("qmin", ctypes.c_int32),
+        ("qmax", ctypes.c_int32),
+    )
+
+
+@dataclass(frozen=True)
+class Border:
+    """An input or output of a network.
+
+    Attributes:
+        name: Its name in the plan.
+        dtype: Type of its elements.
+        sizes: Physical sizes; -k is k times the batch size.
+    """
+
+    name: str
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    def sizes_for(self, batch: int) -> list[int]:
+        """Sizes for a batch size."""
+        return [-size * batch if size < 0 else size for size in self.sizes]
+
+
+#: by qat_type
+_DTYPES = {1: torch.uint8, 2: torch.int8, 3: torch.uint16, 4: torch.int16, 5: torch.int32, 6: torch.float32}
 _POINTER = ctypes.c_void_p
+_INFO = (ctypes.c_int, (_POINTER, ctypes.c_int32, ctypes.POINTER(_TensorInfo)))
 #: result and arguments of each function
 _PROTOTYPES = {
     "qat_last_error": (ctypes.c_char_p, ()),
@@ -44,6 +84,8 @@ _PROTOTYPES = {
     "qat_plan_free": (None, (_POINTER,)),
     "qat_plan_inputs": (ctypes.c_int32, (_POINTER,)),
     "qat_plan_outputs": (ctypes.c_int32, (_POINTER,)),
+    "qat_plan_input": _INFO,
+    "qat_plan_output": _INFO,
     "qat_plan_operators": (ctypes.c_int32, (_POINTER,)),
     "qat_session_create": (
         ctypes.c_int, (_POINTER, ctypes.c_int64, ctypes.POINTER(_Options), ctypes.POINTER(_POINTER))
@@ -114,6 +156,20 @@ class Network:
         self.inputs = int(library.qat_plan_inputs(handle))
         self.outputs = int(library.qat_plan_outputs(handle))
         self.operators = int(library.qat_plan_operators(handle))
+
+    def borders(self) -> tuple[tuple[Border, ...], tuple[Border, ...]]:
+        """Return the inputs and the outputs."""
+        library = _library()
+
+        def read(function: Any, index: int) -> Border:
+            info = _TensorInfo()
+            _check(function(self._handle, index, ctypes.byref(info)))
+            return Border(info.name.decode(), _DTYPES[info.type], tuple(info.sizes[: info.rank]))
+
+        return (
+            tuple(read(library.qat_plan_input, i) for i in range(self.inputs)),
+            tuple(read(library.qat_plan_output, i) for i in range(self.outputs)),
+        )
 
 
 class Session:

@@ -1,4 +1,4 @@
-"""The plan of `qat_run`, the runner for devices, and the runner under emulation as an executor."""
+"""The plan of `qat_run`, the runner for devices, and the runner as an executor, under emulation and here."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qat.errors import ExportError, VerificationError
@@ -18,17 +19,19 @@ from qat.export.contract import contract, input_encoding, output_encoding
 from qat.export.io_mode import IoMode
 from qat.files import atomic_write_bytes
 from qat.integer.model import IntegerModel
-from qat.integer.native.builder import Value
 from qat.integer.native.whole import lower_whole
 from qat.integer.program import Program
+from qat.native import runner
 from qat.packages.artifact import Artifact
 from qat.packages.executor import Executor, Missing, Run, Sample
-from qat.packages.sources import AARCH64, RUNNER, Machine, build_runner, missing_tools, sources_folder, sources_hash, this_machine
+from qat.packages.sources import AARCH64, RUNNER, build_runner, missing_tools, sources_folder, sources_hash
 
 PLAN = "model.qatplan"
 _EMULATOR = "qemu-aarch64-static"
 #: emulated processors, and the best instruction set that the runner has for each
-PROCESSORS = {"cortex-a53": "neon", "neoverse-n1": "neondot", "max": "i8mm"}
+PROCESSORS: Mapping[str, str] = {"cortex-a53": "neon", "neoverse-n1": "neondot", "max": "i8mm"}
+#: emulation costs some tens of times what the processor would
+_SAMPLES = 2
 
 
 def write_plan(
@@ -43,8 +46,8 @@ def write_plan(
         folder: Where to write.
         io: Whether the plan takes and gives floats or codes.
         name: Name of the file.
-        batch: Batch size, or None for an open one. The few networks whose sums depend on it (additions of single values)
-            get a plan for batch size 1.
+        batch: Batch size, or None for an open one. The few networks whose sums depend on it (additions of single
+            values) get a plan for batch size 1.
 
     Returns:
         What the file promises.
@@ -85,55 +88,98 @@ def write_plan(
 
 
 def runner_executors() -> tuple[Executor, ...]:
-    """Return the executors of plans: `qat_run` on three emulated ARM processors, and on this machine.
+    """Return the executors of plans: `qat_run` on three emulated ARM processors, and the runner in this process.
 
-    Each is built of the sources of this installation; where the package has others, a note says so. The bound is 0:
-    the instruction sets must agree in every code.
+    The program is built of the sources of this installation; where the package has others, a note says so. The bound is
+    0: the instruction sets must agree in every code.
     """
     emulated = [
-        _executor(f"runner-{processor}", AARCH64, [_EMULATOR, "-cpu", processor], isa, f"{_EMULATOR} as {processor}")
+        Executor(
+            name=f"runner-{processor}",
+            accepts=lambda artifact: artifact.format == "plan",
+            runtime=lambda processor=processor: f"qat_run, aarch64 ({_EMULATOR} as {processor})",  # type: ignore[misc]
+            missing=_missing,
+            run=_run_emulated(processor, isa),
+            samples=_SAMPLES,
+        )
         for processor, isa in PROCESSORS.items()
     ]
-    here = this_machine()
-    return (*emulated, _executor("runner-native", here, [], "", here.name))
-
-
-def _executor(name: str, machine: Machine, prefix: list[str], isa: str, where: str) -> Executor:
-    return Executor(
-        name=name,
+    native = Executor(
+        name="runner-native",
         accepts=lambda artifact: artifact.format == "plan",
-        runtime=lambda: f"qat_run, {where}",
-        missing=lambda: _missing(machine, prefix),
-        run=_run_plan(machine, prefix, isa),
+        runtime=lambda: f"qat's runner, {platform.machine()}",
+        missing=lambda: (
+            None
+            if runner.status().active
+            else Missing(f"the native extension ({runner.status().reason})", "scripts/setup")
+        ),
+        run=_run_here,
     )
+    return (*emulated, native)
 
 
-def _missing(machine: Machine, prefix: list[str]) -> Missing | None:
-    if prefix and shutil.which(prefix[0]) is None:
-        return Missing(f"{prefix[0]}, to run ARM programs", "scripts/setup --system, or as root: apt-get install qemu-user-static")
-    return missing_tools(machine)
+def _missing() -> Missing | None:
+    if shutil.which(_EMULATOR) is None:
+        mend = "scripts/setup --system, or as root: apt-get install qemu-user-static"
+        return Missing(f"{_EMULATOR}, to run ARM programs", mend)
+    return missing_tools(AARCH64)
 
 
-def _run_plan(machine: Machine, prefix: list[str], isa: str) -> Run:
+def _run_here(file: Path, artifact: Artifact, samples: Sequence[Sample]) -> tuple[Sequence[Sample], tuple[str, ...]]:
+    """Run a plan in this process."""
+    network = runner.Network(Path(file).read_bytes())
+    inputs, outputs = network.borders()
+    found = []
+    for sample in samples:
+        # as the file has them: the library reads and writes as many elements as it says, whatever a manifest says
+        given = [_tensor(border, sample) for border in inputs]
+        batch = next((batch for border, x in zip(inputs, given, strict=True) if (batch := _batch(border, x))), 1)
+        for border, x in zip(inputs, given, strict=True):
+            if list(x.shape) != border.sizes_for(batch):
+                raise ExportError(f"{border.name!r} of the plan has another shape than its sample", "make both again")
+        results = [torch.empty(border.sizes_for(batch), dtype=border.dtype) for border in outputs]
+        runner.Session(network, batch, torch.get_num_threads()).run(given, results)
+        found.append({border.name: result.numpy() for border, result in zip(outputs, results, strict=True)})
+    return found, (f"instruction set {runner.isa()}",)
+
+
+def _tensor(border: runner.Border, sample: Sample) -> Tensor:
+    if border.name not in sample:
+        raise ExportError(f"there is no sample for {border.name!r} of the plan", "make both again")
+    x = torch.from_numpy(np.array(sample[border.name], order="C"))
+    if x.dtype != border.dtype:
+        raise ExportError(
+            f"{border.name!r} of the plan takes {border.dtype}, its sample is {x.dtype}", "make both again"
+        )
+    return x
+
+
+def _batch(border: runner.Border, x: Tensor) -> int:
+    """The batch size of an input, 0 where it has none."""
+    return next((have // -size for size, have in zip(border.sizes, x.shape, strict=False) if size < 0), 0)
+
+
+def _run_emulated(processor: str, isa: str) -> Run:
     def run(file: Path, artifact: Artifact, samples: Sequence[Sample]) -> tuple[Sequence[Sample], tuple[str, ...]]:
-        program = build_runner(machine)
+        program = build_runner(AARCH64)
         with tempfile.TemporaryDirectory(prefix="qat-plan-") as name:
             folder = Path(name)
             words = [f"--samples={len(samples)}"]
             for index, given in enumerate(artifact.inputs):
                 words.append(f"--input={given.name}={folder / f'i{index}_{{}}.npy'}")
                 for number, sample in enumerate(samples):
-                    np.save(folder / f"i{index}_{number}.npy", sample[given.name], allow_pickle=False)
+                    array = np.ascontiguousarray(sample[given.name])
+                    np.save(folder / f"i{index}_{number}.npy", array, allow_pickle=False)
             names = list(dict.fromkeys(c.name for c in artifact.outputs))
             for index, output in enumerate(names):
                 words.append(f"--output={output}={folder / f'o{index}_{{}}.npy'}")
-            said = execute([*prefix, str(program), str(file), *words])
+            said = execute([_EMULATOR, "-cpu", processor, str(program), str(file), *words])
             found = [
                 {output: np.load(folder / f"o{i}_{number}.npy", allow_pickle=False) for i, output in enumerate(names)}
                 for number in range(len(samples))
             ]
         chosen = chosen_isa(said)
-        if isa and chosen != isa:
+        if chosen != isa:
             raise VerificationError(f"the runner chose {chosen} on a processor with {isa}", "report this")
         return found, (f"instruction set {chosen}", *_other_sources(file, artifact))
 

@@ -151,5 +151,7 @@ def _run(command: list[str]) -> str:
     if done.returncode != 0:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
         said = " / ".join(lines[:_LINES]) or "no reason is given"
-        raise StateError(f"{' '.join(command[:3])} failed: {said}", "see that the compiler works, and is g++ 9 or later")
+        raise StateError(
+            f"{' '.join(command[:3])} failed: {said}", "see that the compiler works, and is g++ 9 or later"
+        )
     return done.stdout
