@@ -56,9 +56,11 @@ void print_border(const char* what, const Border& border) {
   std::string sizes;
   for (int32_t d = 0; d < border.info.rank; ++d) {
     const int64_t size = border.info.sizes[d];
-    sizes += (d == 0 ? "" : ", ") + (size == -1 ? "batch" : size < 0 ? std::to_string(-size) + "*batch" : std::to_string(size));
+    if (d > 0) sizes += ", ";
+    sizes += size == -1 ? "batch" : size < 0 ? std::to_string(-size) + "*batch" : std::to_string(size);
   }
-  std::printf("%s: %s, %s, [%s]", what, border.info.name, npy_type(static_cast<qat_type>(border.info.type)), sizes.c_str());
+  const char* const type = npy_type(static_cast<qat_type>(border.info.type));
+  std::printf("%s: %s, %s, [%s]", what, border.info.name, type, sizes.c_str());
   const qat_tensor_info& grid = border.codes;
   if (grid.scale > 0) {
     std::printf(", codes %s, scale %.9g, zero point %d, range [%d, %d]", npy_type(static_cast<qat_type>(grid.type)),
@@ -115,14 +117,16 @@ class Program {
     const auto inputs = assign_files(options_.inputs, network_.inputs(), "--input");
     const auto outputs = assign_files(options_.outputs, network_.outputs(), "--output");
     if (options_.inputs.empty() && !network_.inputs().empty()) {
-      if (!options_.info) throw Failure("no --input is given; the plan has " + std::to_string(inputs.size()) + ", see --info");
-      qat_session* const session = open(1);
-      print_info(network_, session, 1);
+      if (!options_.info) {
+        throw Failure("no --input is given; the plan has " + std::to_string(inputs.size()) + ", see --info");
+      }
+      print_info(network_, open(1), 1);
       return;
     }
     for (size_t i = 0; i < inputs.size(); ++i) {
       if (!inputs[i].empty()) continue;
-      throw Failure(std::string("tensor '") + network_.inputs()[i].info.name + "': no --input is given for it; give NAME=FILE");
+      throw Failure(std::string("tensor '") + network_.inputs()[i].info.name +
+                    "': no --input is given for it; give NAME=FILE");
     }
     for (int64_t sample = 0; sample < options_.samples; ++sample) run_sample(inputs, outputs, sample);
     if (!times_.empty()) print_times(times_);

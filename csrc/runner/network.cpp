@@ -24,7 +24,8 @@ int64_t count_of(const std::vector<int64_t>& sizes) {
   return count;
 }
 
-// How many samples an array of these sizes has, with `known` (0: not yet) from other inputs; 0 where the sizes do not fit.
+// How many samples an array of these sizes has, with `known` (0: not yet) from other inputs; 0 where the sizes do not
+// fit.
 int64_t batch_of(const qat_tensor_info& info, const std::vector<int64_t>& sizes, int64_t known) {
   if (sizes.size() != static_cast<size_t>(info.rank)) return 0;
   int64_t batch = known;

@@ -70,7 +70,9 @@ class Header {
     while (at < text_.size() && text_[at] == ' ') ++at;
     return at;
   }
-  [[noreturn]] void fail() const { throw Failure(path_ + ": its .npy header is damaged; save it again with numpy.save"); }
+  [[noreturn]] void fail() const {
+    throw Failure(path_ + ": its .npy header is damaged; save it again with numpy.save");
+  }
 
   const std::string& text_;
   const std::string& path_;
@@ -82,8 +84,12 @@ std::vector<uint8_t> read_file(const std::string& path) {
   const File file(std::fopen(path.c_str(), "rb"));
   if (!file) throw Failure(path + ": cannot be read (" + std::strerror(errno) + "); give an existing file");
   std::vector<uint8_t> bytes;
+  // an empty file is still no null pointer
+  bytes.reserve(1);
   uint8_t buffer[1 << 16];
-  for (size_t n; (n = std::fread(buffer, 1, sizeof buffer, file.get())) > 0;) bytes.insert(bytes.end(), buffer, buffer + n);
+  for (size_t n; (n = std::fread(buffer, 1, sizeof buffer, file.get())) > 0;) {
+    bytes.insert(bytes.end(), buffer, buffer + n);
+  }
   // a folder opens, and then cannot be read
   if (std::ferror(file.get()) != 0) {
     throw Failure(path + ": cannot be read (" + std::strerror(errno) + "); give an existing file");
@@ -96,7 +102,9 @@ NpyArray read_npy(const std::string& path) {
   array.data = read_file(path);
   const std::vector<uint8_t>& bytes = array.data;
   if (bytes.size() < magic_bytes || std::memcmp(bytes.data(), magic, magic_bytes) != 0) {
-    if (ends_in_npy(path)) throw Failure(path + ": is no .npy file; save it with numpy.save, or give plain bytes another name");
+    if (ends_in_npy(path)) {
+      throw Failure(path + ": is no .npy file; save it with numpy.save, or give plain bytes another name");
+    }
     array.raw = true;
     return array;
   }

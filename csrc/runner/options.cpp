@@ -13,7 +13,7 @@ const char usage[] =
 
   --input [NAME=]FILE       array of an input (.npy, or plain bytes); once for each, in the plan's order if not named
   --output [NAME=]FILE      where to write an output (.npy, or plain bytes under another name)
-  --input-type TYPE         what the files of inputs hold: floats ("float") or codes ("codes"); default: what the plan takes
+  --input-type TYPE         what the files of inputs hold: "float" or "codes"; default: what the plan takes
   --output-type TYPE        what to write, likewise
   --samples N               runs for N sets of files: {} in their names is replaced by 0 to N-1
   --info                    prints inputs, outputs, their grids, the instruction set and memory

@@ -85,8 +85,8 @@ typedef struct qat_options {
 
 /* Fills the memory for intermediate tensors with 0xAA before every run, so that tests notice what reads too early. */
 #define QAT_POISON 1
-/* Takes the `isa` that is named although the processor may lack it, and then dies of an illegal instruction: for tests of
- * the choice. */
+/* Takes the `isa` that is named although the processor may lack it, and then dies of an illegal instruction: for tests
+ * of the choice. */
 #define QAT_UNCHECKED_ISA 2
 
 /* Message of the last call of this thread that failed; "" before the first. Valid until the next failure. */

@@ -27,8 +27,9 @@ Session::Session(std::shared_ptr<const Plan> plan, std::shared_ptr<WeightCache> 
   const int32_t threads = options.threads == 0 ? 1 : options.threads;
   machine_.isa = find_integer_isa(isa, (options.flags & QAT_UNCHECKED_ISA) != 0);
   if (machine_.isa == nullptr) {
-    throw Error(QAT_INVALID_ARGUMENT,
-                "isa '" + std::string(isa) + "': is unknown, or this processor lacks it; leave it empty");
+    const char* cause = find_integer_isa(isa, true) == nullptr ? "the library has no such instruction set"
+                                                               : "this processor lacks the instructions";
+    throw Error(QAT_INVALID_ARGUMENT, "isa '" + std::string(isa) + "': " + cause + "; leave it empty for the best");
   }
   if (batch < 1) {
     throw Error(QAT_INVALID_ARGUMENT, "batch " + std::to_string(batch) + ": is not positive; give 1 or more");

@@ -30,8 +30,8 @@ PLAN = "model.qatplan"
 _EMULATOR = "qemu-aarch64-static"
 #: emulated processors, and the best instruction set that the runner has for each
 PROCESSORS: Mapping[str, str] = {"cortex-a53": "neon", "neoverse-n1": "neondot", "max": "i8mm"}
-#: emulation costs some tens of times what the processor would
-_SAMPLES = 2
+#: emulation takes some hundred times as long as a processor: half a second for an image and mobilenet_v2
+_SAMPLES = 4
 
 
 def write_plan(
