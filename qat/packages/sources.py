@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import platform
@@ -129,8 +131,29 @@ def build_runner(machine: Machine = AARCH64, folder: Path | None = None) -> Path
     version = _run([machine.compiler, "--version"]).splitlines()[0]
     key = hashlib.sha256(f"{sources_hash(folder)}\0{machine}\0{version}".encode()).hexdigest()
     program = cache_folder("runner") / key[:32] / "qat_run"
-    if program.is_file():
-        return program
+    if not program.is_file():
+        with _locked(program.parent):
+            # another process may have built it meanwhile
+            if not program.is_file():
+                _build(machine, folder, program)
+    return program
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Let one process at a time build what goes into a folder, which is made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("w")
+    except OSError as error:
+        mend = "set XDG_CACHE_HOME to a writable folder"
+        raise OutputError(f"cannot write {folder} ({error.strerror})", mend) from None
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _build(machine: Machine, folder: Path, program: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="qat-runner-") as build, atomic_path(program) as temporary:
         configure = ["cmake", "-S", str(folder.resolve()), "-B", build, "-DCMAKE_BUILD_TYPE=Release"]
         if machine.toolchain:
@@ -143,7 +166,6 @@ def build_runner(machine: Machine = AARCH64, folder: Path | None = None) -> Path
         _run(["cmake", "--build", build, "--target", "qat_run", "--parallel", str(os.cpu_count() or 1)])
         shutil.copyfile(Path(build) / "qat_run", temporary)
         temporary.chmod(0o755)
-    return program
 
 
 def _run(command: list[str]) -> str:

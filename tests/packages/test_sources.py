@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
@@ -119,7 +120,19 @@ def test_a_build_that_fails_says_why(tools: Path, tmp_path: Path) -> None:
     (tools / "cmake").write_text("#!/bin/sh\necho 'main.cpp:1: error: no such thing'\nexit 3\n")
     with pytest.raises(StateError, match=r"cmake -S .* failed: main.cpp:1: error: no such thing; see that"):
         sources.build_runner()
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+    assert [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()] == ["lock"]
+
+
+def test_a_cache_that_cannot_be_written(tools: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OutputError, match=r"cannot write .*runner.*; set XDG_CACHE_HOME to a writable folder"):
+        sources.build_runner()
+
+
+def test_processes_that_need_the_same_program_build_it_once(tools: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: sources.build_runner(), range(4)))) == 1
+    assert calls(tools) == 1
 
 
 def test_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
