@@ -1,4 +1,4 @@
-"""The package for ARM CPUs: the model for ONNX Runtime and for LiteRT."""
+"""The package for ARM CPUs: the model for ONNX Runtime, for LiteRT, and for `qat_run` with its sources."""
 
 from __future__ import annotations
 
@@ -7,15 +7,21 @@ from pathlib import Path
 
 from qat.errors import ExportError
 from qat.export.io_mode import IoMode
+from qat.packages.arm64 import arm64_executors
 from qat.packages.artifact import Artifact
 from qat.packages.executor import Executor
 from qat.packages.files import TFLITE, write_onnx, write_tflite
+from qat.packages.runner import PLAN, runner_executors, write_plan
 from qat.packages.runtimes import LITERT, ONNXRUNTIME, XNNPACK
 from qat.packages.source import Source
+from qat.packages.sources import copy_sources
 
 
 def write(source: Source, folder: Path, io: IoMode) -> tuple[tuple[Artifact, ...], Mapping[str, str]]:
-    """Write the artifacts; a model without an int8 form in TFLite goes without `model.tflite`.
+    """Write the artifacts.
+
+    A model without an int8 form in TFLite goes without `model.tflite`, one with parts that need PyTorch without
+    `model.qatplan`.
 
     Raises:
         ExportError: The model cannot be expressed in ONNX.
@@ -26,9 +32,14 @@ def write(source: Source, folder: Path, io: IoMode) -> tuple[tuple[Artifact, ...
         artifacts.append(write_tflite(source, folder, io))
     except ExportError as error:
         omitted[TFLITE] = str(error)
+    try:
+        artifacts.append(write_plan(source.simulation("onnx"), folder, io))
+        copy_sources(folder)
+    except ExportError as error:
+        omitted[PLAN] = str(error)
     return tuple(artifacts), omitted
 
 
 def executors(targets: Sequence[str]) -> tuple[Executor, ...]:
     """Return what executes the artifacts."""
-    return (ONNXRUNTIME, LITERT, XNNPACK)
+    return (ONNXRUNTIME, LITERT, XNNPACK, *runner_executors(), *arm64_executors())

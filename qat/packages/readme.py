@@ -16,7 +16,10 @@ _USE = {
         "`ai_edge_litert.interpreter.Interpreter({path!r})`, or any TFLite runtime; four-dimensional inputs and "
         "outputs are channels-last."
     ),
-    "plan": "`qat_run {path} --input input_0.npy --output output_0.npy`",
+    "plan": (
+        "`qat_run {path} --input input_0.npy --output output_0.npy`; `runner/` has its sources, and the head of "
+        "`runner/CMakeLists.txt` says how to build it for Linux and Android."
+    ),
     "neuron": "LiteRT with MediaTek's dispatch library, on the SoC named only; nothing has executed it.",
     "qnn-context": "ONNX Runtime with the QNN execution provider; it was compiled for the generation named.",
 }
