@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runner_cases import Net, converted, images, laid, same, samples_of
+from runner_cases import Net, Program, check_arrays, check_usage, converted, images, laid, same, samples_of
 
 import qat
 from qat.errors import ExportError
@@ -133,6 +133,14 @@ def test_a_wrong_choice_is_refused_and_would_be_fatal(
     # so the network does use them, and the tests above tell that the dispatch asks
     assert run(processor, "--unchecked-isa").returncode in {-signal.SIGILL, 128 + signal.SIGILL}
     assert f"instruction set: {isa}" in run("max", "--unchecked-isa").stdout
+
+
+@pytest.mark.heavy
+def test_what_the_program_refuses(imodel: IntegerModel, tmp_path: Path) -> None:
+    executor("runner-max")
+    program = Program(sources.build_runner(), (EMULATOR, "-cpu", "max"))
+    check_usage(program, imodel, tmp_path)
+    check_arrays(program, imodel, tmp_path)
 
 
 @pytest.mark.heavy

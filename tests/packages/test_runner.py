@@ -9,7 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runner_cases import Net, Program, converted, images, laid, linked_program, same, samples_of
+from runner_cases import (
+    Net,
+    Program,
+    check_arrays,
+    check_usage,
+    converted,
+    images,
+    laid,
+    linked_program,
+    refused,
+    same,
+    samples_of,
+)
 from torch import Tensor, nn
 
 from qat.errors import ExportError, VerificationError
@@ -61,6 +73,8 @@ def test_what_a_plan_promises(imodel: IntegerModel, tmp_path: Path) -> None:
     floats = runner.write_plan(imodel, tmp_path, name="a.qatplan")
     codes = runner.write_plan(imodel, tmp_path, IoMode("codes", "codes"), name="b.qatplan", batch=2)
     (image,), (scores, map_) = floats.inputs, floats.outputs
+    # the user's own names, of floats too
+    assert [c.name for c in (image, scores, map_)] == [c.tensor for c in (image, scores, map_)]
     assert (image.tensor, image.dtype, image.shape, image.order) == ("image", "float32", (-1, 3, 17, 14), (0, 1, 2, 3))
     assert (scores.dtype, scores.shape, map_.shape) == ("float32", (-1, 10), (-1, 16, 9, 7))
     encoding = imodel.program.encoding_of("image")
@@ -265,46 +279,9 @@ def test_help_and_information_need_no_input(imodel: IntegerModel, program: Progr
     assert len([line for line in done.stdout.splitlines() if line.startswith("output: ")]) == 2
 
 
-def refused(program: Program, folder: Path, *words: str, cause: str, status: int = 2) -> None:
-    """One line on standard error that says the cause and the mend, and the exit status."""
-    done = program(*words, cwd=folder)
-    assert done.returncode == status, (done.returncode, done.stderr)
-    assert done.stderr.startswith("qat_run: ")
-    assert done.stderr.count("\n") == 1
-    assert cause in done.stderr
-    assert "; " in done.stderr
-
-
 def test_wrong_usage(imodel: IntegerModel, program: Program, tmp_path: Path) -> None:
-    artifact = runner.write_plan(imodel, tmp_path)
-    name = artifact.inputs[0].name
-    np.save(tmp_path / "x.npy", images(1).numpy())
-    for words, cause in (
-        ([], "no plan is given"),
-        (["model.qatplan"], "no --input is given"),
-        (["model.qatplan", "x.npy"], "x.npy: is a second plan"),
-        (["model.qatplan", "--inputs", "x.npy"], "--inputs: is no option"),
-        (["model.qatplan", "--input"], "--input: has no value"),
-        (["model.qatplan", "--info=yes"], "--info: takes no value"),
-        (["model.qatplan", "--threads", "0"], "--threads 0: is no number from 1 to 1024"),
-        (["model.qatplan", "--repeat", "many"], "--repeat many: is no number"),
-        (["model.qatplan", "--input-type", "int"], "--input-type int: is unknown; give float or codes"),
-        (["model.qatplan", "--unchecked-isa"], "names no instruction set"),
-        (["model.qatplan", "--input", "x.npy", "--input", "x.npy"], "the plan has only 1"),
-        (["model.qatplan", "--input", f"{name}=x.npy", "--input", f"{name}=x.npy"], f"second one for tensor '{name}'"),
-        (["model.qatplan", "--input", "x.npy", "--isa", "mmx"], "isa 'mmx': the library has no such instruction set"),
-        (["model.qatplan", "--input", "none.npy"], "none.npy: cannot be read (No such file"),
-        (["model.qatplan", "--input", "."], ".: cannot be read (Is a directory)"),
-        (["none.qatplan", "--info"], "none.qatplan: cannot be read"),
-    ):
-        refused(program, tmp_path, *words, cause=cause)
-    refused(
-        program,
-        tmp_path,
-        *("model.qatplan", "--input", "x.npy", "--output", "no/y.npy"),
-        cause="no/y.npy: cannot be written",
-        status=1,
-    )
+    # of the others see test_emulated_arm.py: this program takes half a second to start
+    check_usage(program, imodel, tmp_path, every=3)
 
 
 def test_damaged_plans(imodel: IntegerModel, program: Program, tmp_path: Path) -> None:
@@ -319,43 +296,7 @@ def test_damaged_plans(imodel: IntegerModel, program: Program, tmp_path: Path) -
 
 
 def test_arrays_that_do_not_fit(imodel: IntegerModel, program: Program, tmp_path: Path) -> None:
-    artifact = runner.write_plan(imodel, tmp_path)
-    x = images(2).numpy()
-    name = artifact.inputs[0].name
-    np.save(tmp_path / "good.npy", x)
-    good = (tmp_path / "good.npy").read_bytes()
-    header = good.index(b"\n") + 1
-    files: dict[str, tuple[bytes | np.ndarray, str]] = {
-        "shape": (x[:, :2], "has the sizes 2x2x17x14, expected batchx3x17x14; reshape it"),
-        "rank": (x[0], "has the sizes 3x17x14"),
-        "scalar": (x[0, 0, 0, 0], "has the sizes a scalar"),
-        "empty": (x[:0], "has the sizes 0x3x17x14"),
-        "double": (x.astype(np.float64), "type f8, expected f4; convert it"),
-        "codes": (x.astype(np.uint8), "or give --input-type float or codes"),
-        "big": (x.astype(">f4"), "has type >f4; save it little endian"),
-        "fortran": (np.asfortranarray(x), "is in Fortran order"),
-        "short": (good[:-5], f"bytes of elements, expected {x.nbytes}"),
-        "long": (good + b"1", f"has {x.nbytes + 1} bytes of elements"),
-        "cut": (good[:40], "ends too early"),
-        "prefix": (good[:9], "ends too early"),
-        "version": (good[:6] + b"\x09" + good[7:], "is .npy version 9"),
-        "header": (good.replace(b"'shape'", b"'shaqe'"), "its .npy header is damaged"),
-        "sizes": (good.replace(b"(2, 3", b"(2; 3"), "its .npy header is damaged"),
-        "huge": (good.replace(b"(2, 3, 17, 14), }", b"(9999999999999,)}"), "its .npy header is damaged"),
-        "text": (b"1 2 3", "is no .npy file"),
-        "nothing": (b"", "is no .npy file"),
-        "only_header": (good[:header], "has 0 bytes of elements"),
-    }
-    for label, (content, cause) in files.items():
-        path = tmp_path / f"{label}.npy"
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            np.save(path, content)
-        refused(program, tmp_path, "model.qatplan", "--input", path.name, cause=cause)
-    refused(program, tmp_path, "model.qatplan", "--input", "shape.npy", cause=f"for tensor '{name}'")
-    (tmp_path / "x.raw").write_bytes(x.tobytes()[:-4])
-    refused(program, tmp_path, "model.qatplan", "--input", "x.raw", cause="bytes of elements, expected")
+    check_arrays(program, imodel, tmp_path, every=3)
 
 
 def test_codes_outside_of_the_range(program: Program, tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from qat.errors import ExportError
 from qat.integer.native.builder import Value
-from qat.integer.native.lowering import SegmentPlan, depends_on_batch, lower_segment
+from qat.integer.native.lowering import depends_on_batch, lower_segment
 from qat.integer.native.planfile import PlanFile
 from qat.integer.native.segments import Segment, reasons
 from qat.integer.profiles import arithmetic_of
-from qat.integer.program import Op, Program
+from qat.integer.program import FLOAT_SUFFIX, Op, Program
 
 #: operators that an error names; the others are counted
 _NAMED = 5
@@ -74,8 +74,8 @@ def lower_whole(
     fixed = 1 if batch is None and depends_on_batch(program, ops) else batch
     lowered = lower_segment(program, segment, constants, single=fixed == 1, physical=True)
     found = dict(zip(segment.outputs, lowered.outputs, strict=True))
-    whole = WholePlan(lowered.plan, lowered.inputs, tuple(found[name] for name in outputs), fixed)
-    return whole if fixed is None else _with_batch(whole, lowered, fixed)
+    whole = _named(WholePlan(lowered.plan, lowered.inputs, tuple(found[name] for name in outputs), fixed))
+    return whole if fixed is None else _with_batch(whole, fixed)
 
 
 def _check_operators(program: Program) -> None:
@@ -129,7 +129,39 @@ def _with_code_outputs(program: Program, ops: list[Op]) -> tuple[list[Op], list[
     return ops, outputs
 
 
-def _with_batch(whole: WholePlan, lowered: SegmentPlan, batch: int) -> WholePlan:
+def _named(whole: WholePlan) -> WholePlan:
+    """The plan with the user's names for its borders, also where they are floats: the codes inside get another."""
+    plan = whole.plan
+    taken = {tensor.name for tensor in plan.tensors} | {constant.name for constant in plan.constants}
+    names: dict[str, str] = {}
+    for value in (*whole.inputs, *whole.outputs):
+        public = value.tensor.removesuffix(FLOAT_SUFFIX)
+        if public == value.tensor or value.tensor in names:
+            continue
+        if public in taken:
+            names[public] = f"{public}:codes"
+            while names[public] in taken:
+                names[public] += "'"
+            taken.add(names[public])
+        names[value.tensor] = public
+
+    def of(name: str) -> str:
+        return names.get(name, name)
+
+    def renamed(values: tuple[Value, ...]) -> tuple[Value, ...]:
+        return tuple(replace(value, tensor=of(value.tensor)) for value in values)
+
+    plan = PlanFile(
+        tuple(replace(tensor, name=of(tensor.name)) for tensor in plan.tensors),
+        tuple(replace(constant, name=of(constant.name)) for constant in plan.constants),
+        tuple(replace(op, inputs=tuple(map(of, op.inputs)), output=of(op.output)) for op in plan.ops),
+        tuple(map(of, plan.inputs)),
+        tuple(map(of, plan.outputs)),
+    )
+    return WholePlan(plan, renamed(whole.inputs), renamed(whole.outputs), whole.batch)
+
+
+def _with_batch(whole: WholePlan, batch: int) -> WholePlan:
     """The plan with sizes for one batch size."""
 
     def sized(sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -138,6 +170,6 @@ def _with_batch(whole: WholePlan, lowered: SegmentPlan, batch: int) -> WholePlan
     def placed(values: tuple[Value, ...]) -> tuple[Value, ...]:
         return tuple(replace(value, shape=sized(value.shape)) for value in values)
 
-    tensors = tuple(replace(tensor, sizes=sized(tensor.sizes)) for tensor in lowered.plan.tensors)
-    plan = replace(lowered.plan, tensors=tensors)
+    tensors = tuple(replace(tensor, sizes=sized(tensor.sizes)) for tensor in whole.plan.tensors)
+    plan = replace(whole.plan, tensors=tensors)
     return WholePlan(plan, placed(whole.inputs), placed(whole.outputs), batch)
