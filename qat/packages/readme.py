@@ -17,8 +17,9 @@ _USE = {
         "outputs are channels-last."
     ),
     "plan": (
-        "`qat_run {path} --input input_0.npy --output output_0.npy`; `runner/` has its sources, and the head of "
-        "`runner/CMakeLists.txt` says how to build it for Linux and Android."
+        "`qat_run {path} --input input_0.npy --output output_0.npy`. `runner/` has its sources, whose "
+        "`CMakeLists.txt` says how to build it for Linux and Android; `runner/bin/` is the program for 64-bit ARM "
+        "Linux, where there was a compiler."
     ),
     "neuron": "LiteRT with MediaTek's dispatch library, on the SoC named only; nothing has executed it.",
     "qnn-context": "ONNX Runtime with the QNN execution provider; it was compiled for the generation named.",

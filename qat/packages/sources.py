@@ -21,6 +21,8 @@ from qat.packages.executor import Missing
 
 #: below a package's folder
 RUNNER = "runner"
+#: the program for 64-bit ARM Linux, static, below a package's folder
+PROGRAM = "runner/bin/aarch64-linux/qat_run"
 #: what the runner is built of, below csrc/: the kernels of training are left out
 _PARTS = ("CMakeLists.txt", "kernel_options.txt", "cmake/*.cmake", "kernels/integer/*", "runtime/*", "runner/*")
 _LINES = 3
@@ -137,6 +139,20 @@ def build_runner(machine: Machine = AARCH64, folder: Path | None = None) -> Path
             if not program.is_file():
                 _build(machine, folder, program)
     return program
+
+
+def copy_program(folder: Path) -> Path:
+    """Build `qat_run` for 64-bit ARM Linux and copy it into a package's folder.
+
+    Raises:
+        StateError: As `build_runner`.
+        OutputError: The folder cannot be written.
+    """
+    program, target = build_runner(AARCH64), Path(folder) / PROGRAM
+    with atomic_path(target) as temporary:
+        shutil.copyfile(program, temporary)
+        temporary.chmod(0o755)
+    return target
 
 
 @contextlib.contextmanager

@@ -105,6 +105,13 @@ def test_a_program_is_built_once_for_the_same_sources_and_compiler(tools: Path, 
     assert calls(tools) == 3
 
 
+def test_the_program_in_a_package(tools: Path, tmp_path: Path) -> None:
+    program = sources.copy_program(tmp_path)
+    assert program == tmp_path / "runner" / "bin" / "aarch64-linux" / "qat_run"
+    assert program.read_bytes() == sources.build_runner().read_bytes()
+    assert os.access(program, os.X_OK)
+
+
 def test_missing_tools_are_named(tools: Path) -> None:
     assert sources.missing_tools(sources.AARCH64) is None
     (tools / "aarch64-linux-gnu-g++").unlink()
