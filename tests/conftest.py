@@ -12,6 +12,7 @@ import pytest
 import torch
 
 _ROOT = Path(__file__).resolve().parent.parent
+_ARM64_ROOT = os.environ.get("QAT_ARM64_ROOT")
 _NO_DATA = "needs the data folder: set QAT_DATA, or have it as ../shared/data"
 
 # Derandomized: a change is judged by the same examples every time. No deadline and no complaint about slow
@@ -56,6 +57,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=_NO_DATA))
     system = _ROOT / "tests" / "system"
     items.sort(key=lambda item: item.path.is_relative_to(system))
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures of modules
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leave the emulated ONNX Runtime and LiteRT, half a minute a package, to the heavy tests."""
+    heavy = item.get_closest_marker("heavy") is not None
+    os.environ.pop("QAT_ARM64_ROOT", None)
+    if not heavy:
+        os.environ["QAT_ARM64_ROOT"] = os.devnull
+    elif _ARM64_ROOT is not None:
+        os.environ["QAT_ARM64_ROOT"] = _ARM64_ROOT
 
 
 @pytest.fixture(scope="session")
