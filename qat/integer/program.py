@@ -56,6 +56,10 @@ class Constant:
     value: Tensor
     encoding: Encoding | None = None
 
+    def floats(self) -> Tensor:
+        """The values, float32 where they are codes."""
+        return self.value if self.encoding is None else self.encoding.dequantize(self.value)
+
 
 @dataclass(frozen=True)
 class Op:

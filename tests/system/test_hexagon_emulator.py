@@ -38,7 +38,7 @@ REFUSED_ALL_THE_SAME = {
 #: codes that one operator may differ by on v73 and later
 TOLERANCE = {"uint8": 1.0, "int8": 1.0, "uint16": 8.0}
 #: 16-bit results of approximations: their own bounds, in codes of 65536, on every generation
-APPROXIMATE = {"matmul": 400, "softmax": 64, "softmax_channels": 64, "softplus": 128, "sqrt": 128, "reciprocal": 64,
+APPROXIMATE = {"matmul": 400, "softmax": 64, "softmax_channels": 64, "softplus": 128, "mish": 256, "sqrt": 128, "reciprocal": 64,
                "gelu": 32, "div": 16, "concat_requantized": 128}  # fmt: skip
 #: v68 and v69: 16-bit products
 OLD = 40.0
