@@ -69,11 +69,11 @@ def runtime_name() -> str:
 
 
 @contextmanager
-def htp_session(model: str | Path, arch: int, *, graph: bool = True) -> Iterator[HtpSession]:
+def htp_session(model: str | Path | bytes, arch: int, *, graph: bool = True) -> Iterator[HtpSession]:
     """Open an ONNX model, or the wrapper of a context binary, on the HTP emulator, with nothing left to the CPU.
 
     Args:
-        model: Path of the model; its shapes are static.
+        model: Path of the model, or the model itself, serialised; its shapes are static.
         arch: Generation of the HTP, one of `ARCHITECTURES`.
         graph: Read back the graph that the compiler is given; a context binary has none, it is compiled.
 
@@ -84,7 +84,7 @@ def htp_session(model: str | Path, arch: int, *, graph: bool = True) -> Iterator
     _check(arch)
     with TemporaryDirectory(prefix="qat-htp-") as folder:
         dump = {"dump_json_qnn_graph": "1", "json_qnn_graph_dir": folder} if graph else {}
-        session = _open(str(model), arch, dump, {})
+        session = _open(model if isinstance(model, bytes) else str(model), arch, dump, {})
         yield HtpSession(session, read_graph(Path(folder)) if graph else HtpGraph({}, ()))
 
 
@@ -123,7 +123,7 @@ def _check(arch: int) -> None:
         raise ExportError(f"the HTP emulator has no v{arch}", f"use one of {', '.join(map(str, ARCHITECTURES))}")
 
 
-def _open(model: str, arch: int, settings: Mapping[str, str], entries: Mapping[str, str]) -> Any:
+def _open(model: str | bytes, arch: int, settings: Mapping[str, str], entries: Mapping[str, str]) -> Any:
     """Open a strict session: the one place where the provider is configured."""
     import onnxruntime
     import onnxruntime_qnn
@@ -147,8 +147,9 @@ def _open(model: str, arch: int, settings: Mapping[str, str], entries: Mapping[s
     # ONNX Runtime's exceptions have no common public base
     except Exception as error:
         cause = " ".join(str(error).split())[:200]
+        what = "the given model" if isinstance(model, bytes) else model
         raise ExportError(
-            f"HTP v{arch} cannot execute all of {model} ({cause})", "see what `qat plan` says of the target"
+            f"HTP v{arch} cannot execute all of {what} ({cause})", "see what `qat plan` says of the target"
         ) from error
 
 
