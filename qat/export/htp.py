@@ -9,6 +9,8 @@ back.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,7 +126,13 @@ def _check(arch: int) -> None:
 
 
 def _open(model: str | bytes, arch: int, settings: Mapping[str, str], entries: Mapping[str, str]) -> Any:
-    """Open a strict session: the one place where the provider is configured."""
+    """Open a strict session."""
+    with _stdout_to_stderr():
+        return _configured(model, arch, settings, entries)
+
+
+def _configured(model: str | bytes, arch: int, settings: Mapping[str, str], entries: Mapping[str, str]) -> Any:
+    """The one place where the provider is configured."""
     import onnxruntime
     import onnxruntime_qnn
 
@@ -151,6 +159,19 @@ def _open(model: str | bytes, arch: int, settings: Mapping[str, str], entries: M
         raise ExportError(
             f"HTP v{arch} cannot execute all of {what} ({cause})", "see what `qat plan` says of the target"
         ) from error
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Keep standard output for what the application says: the emulator's library writes a line there."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def read_graph(folder: Path) -> HtpGraph:

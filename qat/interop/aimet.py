@@ -22,6 +22,10 @@ from qat.scheme import Granularity, int_type
 Version = Literal["0.6.1", "1.0.0", "2.0.0"]
 VERSIONS: tuple[Version, ...] = get_args(Version)
 _SEE = "give a file that AIMET, or `qat encodings convert --to aimet`, wrote"
+#: operators whose results have their input's encoding in AIMET and in Qualcomm's converters, and take none of their own
+DERIVED = frozenset({
+    "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+})  # fmt: skip
 _TYPES = ("int4", "uint4", "int8", "uint8", "int16", "uint16", "int32")
 
 
@@ -138,6 +142,31 @@ def _entry_2(name: str, encoding: Encoding) -> dict[str, Any]:
     if not whole:
         found["axis"] = encoding.granularity.axis
     return found
+
+
+def tensors_of(path: str | os.PathLike[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Return the names of the tensors and of the weights of an ONNX model, quantized (QDQ) or float.
+
+    Results of operators that only move values are left out: AIMET wants no encodings of them.
+
+    Raises:
+        EncodingError: It cannot be read as an ONNX model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(str(path), load_external_data=False).graph
+    except (OSError, DecodeError, ValueError) as error:
+        raise EncodingError(f"cannot read the ONNX model {path} ({error})", "give an existing model") from None
+    parameters = {tensor.name for tensor in graph.initializer}
+    for node in graph.node:
+        # a weight that is dequantized, or widened first, bears its name behind that
+        if node.op_type in ("DequantizeLinear", "Cast") and node.input[0] in parameters:
+            parameters.update(node.output)
+    values = {name for node in graph.node if node.op_type not in DERIVED for name in node.output}
+    values |= {value.name for value in graph.input}
+    return frozenset(values - parameters), frozenset(parameters)
 
 
 # -- reading
