@@ -1,29 +1,16 @@
-"""An exported model in pieces, or without its quantization: graphs that are made of the QDQ file itself.
+"""An exported model cut into its operators.
 
-Both need nothing but the file, so a package can be verified long after the model that it came from is gone.
+That needs nothing but the file, so a package can be verified long after the model that it came from is gone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
-from qat.encoding import Encoding
 from qat.errors import ExportError
-from qat.scheme import Granularity, int_type
-
-#: element types of codes, by the name of the integer type
-_CODES = {
-    TensorProto.UINT8: "uint8", TensorProto.INT8: "int8", TensorProto.UINT16: "uint16", TensorProto.INT16: "int16",
-    TensorProto.UINT4: "uint4", TensorProto.INT4: "int4", TensorProto.INT32: "int32",
-}  # fmt: skip
-
-
-# -- a model cut at every quantized tensor
 
 #: operators that only move codes; alone they are no integer graph for some compilers, and cannot be wrong
 _MOVES = frozenset({
@@ -111,126 +98,3 @@ def _value(name: str, kind: onnx.TypeProto | None, where: str) -> onnx.ValueInfo
     if kind is None or any(not d.HasField("dim_value") for d in dimensions):
         raise ExportError(f"the tensor {where!r} has no static shape", "export with dynamic_batch=False")
     return helper.make_tensor_value_info(name, kind.tensor_type.elem_type, [d.dim_value for d in dimensions])
-
-
-# -- a model without its quantization
-
-
-@dataclass(frozen=True)
-class FloatTwin:
-    """A QDQ model as a float model and a table of encodings.
-
-    Attributes:
-        model: Without QuantizeLinear and DequantizeLinear; weights and biases are the floats of their codes, so that
-            quantizing them by the table gives these codes again.
-        activations: Encodings of its tensors, by name.
-        parameters: Encodings of its initializers, by name.
-    """
-
-    model: onnx.ModelProto
-    activations: dict[str, Encoding]
-    parameters: dict[str, Encoding]
-
-
-def float_twin(model: onnx.ModelProto) -> FloatTwin:
-    """Take the quantization out of a QDQ model with float borders.
-
-    Inputs and outputs keep their names, and so do the floats inside that bear the user's names.
-
-    Raises:
-        ExportError: A weight has a scale for each group, or a border is codes.
-    """
-    given, model = model, onnx.ModelProto()
-    model.CopyFrom(given)
-    initializers = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    outputs = [value.name for value in model.graph.output]
-    values = dict(initializers)
-    # DequantizeLinear and Cast of initializers are computed here
-    activations: dict[str, Encoding] = {}
-    parameters: dict[str, Encoding] = {}
-    sources: dict[str, str] = {}
-    kept: list[onnx.NodeProto] = []
-    types = {t.name: t.data_type for t in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type == "QuantizeLinear":
-            activations.setdefault(node.input[0], _encoding(node, values, types))
-            sources[node.output[0]] = node.input[0]
-        elif node.op_type == "DequantizeLinear" and node.input[0] in values:
-            encoding = _encoding(node, values, types)
-            parameters[node.output[0]] = encoding
-            values[node.output[0]] = _dequantized(values[node.input[0]], encoding)
-        elif node.op_type == "DequantizeLinear":
-            if node.input[0] not in sources:
-                raise ExportError(f"{node.input[0]!r} is given as codes", "export with float inputs and outputs")
-            sources[node.output[0]] = sources[node.input[0]]
-        elif node.op_type == "Cast" and node.input[0] in values and node.input[0] in initializers:
-            values[node.output[0]] = values[node.input[0]].astype(np.int32)
-            types[node.output[0]] = helper.get_node_attr_value(node, "to")
-        else:
-            kept.append(node)
-    # an output that was dequantized is now computed under its own name
-    names = {sources[name]: name for name in outputs if name in sources}
-    made_outputs = {name for node in kept for name in node.output}
-    extra = []
-    for source, name in list(names.items()):
-        if source not in made_outputs:
-            # an input that is returned, or a constant
-            del names[source]
-            extra.append(helper.make_node("Identity", [source], [name]))
-    for node in kept:
-        for position, name in enumerate(node.input):
-            source = sources.get(name, name)
-            node.input[position] = names.get(source, source)
-        for position, name in enumerate(node.output):
-            node.output[position] = names.get(name, name)
-    reached = {name for node in (*kept, *extra) for name in node.input}
-    made = helper.make_model(
-        helper.make_graph(
-            [*kept, *extra],
-            model.graph.name,
-            list(model.graph.input),
-            list(model.graph.output),
-            [numpy_helper.from_array(value, name) for name, value in values.items() if name in reached],
-        ),
-        opset_imports=list(model.opset_import),
-        ir_version=model.ir_version,
-        producer_name="qat",
-    )
-    onnx.checker.check_model(made, full_check=True)
-    present = reached | {name for node in (*kept, *extra) for name in node.output}
-    return FloatTwin(
-        made,
-        {names.get(name, name): e for name, e in activations.items() if names.get(name, name) in present},
-        {name: e for name, e in parameters.items() if name in reached},
-    )
-
-
-def _encoding(node: onnx.NodeProto, values: dict[str, npt.NDArray[np.generic]], types: dict[str, int]) -> Encoding:
-    """The encoding that a QuantizeLinear or DequantizeLinear says."""
-    scale = np.atleast_1d(values[node.input[1]])
-    code_type = types[node.input[2]] if len(node.input) > 2 else types.get(node.input[0], TensorProto.INT32)
-    dtype = _CODES[code_type]
-    kind = int_type(dtype)
-    if any(attribute.name == "block_size" and attribute.i for attribute in node.attribute):
-        raise ExportError(f"{node.output[0]!r} has a scale for each group", "quantize weights per tensor or per channel")
-    zero = np.atleast_1d(values[node.input[2]]).astype(np.int64) if len(node.input) > 2 else np.zeros_like(scale)
-    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-    per_tensor = np.ndim(values[node.input[1]]) == 0
-    return Encoding(
-        dtype,
-        tuple(float(s) for s in scale),
-        tuple(int(z) for z in zero),
-        kind.qmin,
-        kind.qmax,
-        symmetric=kind.signed and not zero.any(),
-        granularity=Granularity() if per_tensor else Granularity("per_channel", axis),
-        provenance="imported",
-        method="QDQ",
-    )
-
-
-def _dequantized(codes: npt.NDArray[np.generic], encoding: Encoding) -> npt.NDArray[np.float32]:
-    import torch
-
-    values: npt.NDArray[np.float32] = encoding.dequantize(torch.from_numpy(codes.astype(np.int64))).numpy()
-    return values

@@ -16,16 +16,13 @@ from typing import Any, Literal, get_args
 
 from qat.encoding import Encoding, Encodings
 from qat.errors import EncodingError
+from qat.export.twin import MOVEMENTS
 from qat.files import atomic_write_text, read_json
 from qat.scheme import Granularity, int_type
 
 Version = Literal["0.6.1", "1.0.0", "2.0.0"]
 VERSIONS: tuple[Version, ...] = get_args(Version)
 _SEE = "give a file that AIMET, or `qat encodings convert --to aimet`, wrote"
-#: operators whose results have their input's encoding in AIMET and in Qualcomm's converters, and take none of their own
-DERIVED = frozenset({
-    "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
-})  # fmt: skip
 _TYPES = ("int4", "uint4", "int8", "uint8", "int16", "uint16", "int32")
 
 
@@ -164,7 +161,7 @@ def tensors_of(path: str | os.PathLike[str]) -> tuple[frozenset[str], frozenset[
         # a weight that is dequantized, or widened first, bears its name behind that
         if node.op_type in ("DequantizeLinear", "Cast") and node.input[0] in parameters:
             parameters.update(node.output)
-    values = {name for node in graph.node if node.op_type not in DERIVED for name in node.output}
+    values = {name for node in graph.node if node.op_type not in MOVEMENTS for name in node.output}
     values |= {value.name for value in graph.input}
     return frozenset(values - parameters), frozenset(parameters)
 

@@ -12,19 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
-
-import onnx
 
 from qat.encoding import Encodings
-from qat.errors import ExportError, TargetError
-from qat.export.cuts import FloatTwin, float_twin
+from qat.errors import EncodingError, ExportError, TargetError
+from qat.export.borders import contracts
 from qat.export.htp import ARCHITECTURES, CHIPS, available, write_context
 from qat.export.io_mode import IoMode
-from qat.export.model import export_onnx
+from qat.export.onnx import model_bytes
+from qat.export.twin import MOVEMENTS, FloatTwin, float_twin
 from qat.files import atomic_write_bytes
 from qat.integer.program import Program
-from qat.interop.aimet import DERIVED, write_aimet
+from qat.interop.aimet import write_aimet
 from qat.packages.artifact import Artifact
 from qat.packages.files import ONNX, write_onnx
 from qat.packages.source import Source
@@ -57,7 +55,8 @@ def write(source: Source, folder: Path, io: IoMode) -> tuple[tuple[Artifact, ...
     Raises:
         ExportError: The model cannot be expressed in ONNX, or has floats where `io` wants codes.
     """
-    floats = ", ".join(float_operators(source.simulation("onnx").program))
+    program = source.simulation("onnx").program
+    floats = ", ".join(float_operators(program))
     plain = write_onnx(source, folder, io)
     options = ((FLOAT_OPERATORS, floats),) if floats else ()
     model = Artifact(plain.path, plain.format, plain.numerics, plain.inputs, plain.outputs, options)
@@ -68,8 +67,8 @@ def write(source: Source, folder: Path, io: IoMode) -> tuple[tuple[Artifact, ...
         except ExportError as error:
             omitted[context_path(arch)] = str(error)
     try:
-        artifacts.append(_write_float(source, folder, io))
-    except ExportError as error:
+        artifacts.append(_write_float(source, program, folder))
+    except (ExportError, EncodingError) as error:
         omitted[FLOAT] = str(error)
     return tuple(artifacts), omitted
 
@@ -92,20 +91,18 @@ def _write_context(model: Artifact, folder: Path, arch: int) -> Artifact:
     return Artifact(context_path(arch), "qnn-context", model.numerics, model.inputs, model.outputs, options)
 
 
-def _write_float(source: Source, folder: Path, io: IoMode) -> Artifact:
-    with TemporaryDirectory(prefix="qat-float-") as temporary:
-        path = Path(temporary) / ONNX
-        result = export_onnx(source.qmodel, path, verify=False, name=source.name)
-        twin = float_twin(onnx.load(str(path)))
-    atomic_write_bytes(folder / FLOAT, twin.model.SerializeToString(deterministic=True))
+def _write_float(source: Source, program: Program, folder: Path) -> Artifact:
+    twin = float_twin(program, batch_size=source.qmodel.plan.batch_size or 1, name=source.name)
     table, names = overrides(twin), frozenset(twin.parameters)
     write_aimet(table, folder / OVERRIDES, parameters=names, version="1.0.0")
     write_aimet(table, folder / OVERRIDES_2, parameters=names, version="2.0.0", biases=True)
-    return Artifact(FLOAT, "onnx-encodings", "onnx", result.inputs, result.outputs, (("encodings", OVERRIDES),))
+    atomic_write_bytes(folder / FLOAT, model_bytes(twin.model))
+    inputs, outputs = contracts(program, twin.model, IoMode())
+    return Artifact(FLOAT, "onnx-encodings", "onnx", inputs, outputs, (("encodings", OVERRIDES),))
 
 
 def overrides(twin: FloatTwin) -> Encodings:
     """Return the encodings that AIMET and Qualcomm's converters take for a float model."""
-    derived = {name for node in twin.model.graph.node if node.op_type in DERIVED for name in node.output}
+    derived = {name for node in twin.model.graph.node if node.op_type in MOVEMENTS for name in node.output}
     own = {name: e for name, e in twin.activations.items() if name not in derived}
     return Encodings({**own, **twin.parameters})
