@@ -8,7 +8,7 @@ import onnx
 
 from qat.encoding import Encodings
 from qat.export.onnx import program_to_onnx
-from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program, TensorInfo
+from qat.integer.program import FLOAT_SUFFIX, SATURATES, Constant, Op, Program, TensorInfo
 
 #: operators between codes and floats, or between codes: nothing to a float
 _CONVERSIONS = frozenset({"quantize", "dequantize", "requantize"})
@@ -88,17 +88,26 @@ def float_program(program: Program) -> Program:
         return name.removesuffix(FLOAT_SUFFIX) if name.removesuffix(FLOAT_SUFFIX) not in program.constants else name
 
     ops = []
+    clamped: dict[str, str] = {}
     for op in program.ops:
         if op.kind in _CONVERSIONS:
             if name_of(op.outputs[0]) != name_of(op.inputs[0]):
                 alias[op.outputs[0]] = name_of(op.inputs[0])
             continue
-        ops.append(replace(op, inputs=tuple(map(name_of, op.inputs)), outputs=tuple(map(name_of, op.outputs))))
+        inputs, outputs = tuple(map(name_of, op.inputs)), tuple(map(name_of, op.outputs))
+        if SATURATES not in op.attrs:
+            ops.append(replace(op, inputs=inputs, outputs=outputs))
+            continue
+        whole = f"{outputs[0]}:unclamped"
+        clamped[whole] = outputs[0]
+        ops.append(replace(op, inputs=inputs, outputs=(whole,)))
+        ops.append(Op("clamp", outputs[0], (whole,), outputs, op.attrs[SATURATES]))
     tensors = {
         name_of(name): TensorInfo(name_of(name), info.shape, None, info.dtype)
         for name, info in program.tensors.items()
         if name not in alias
     }
+    tensors |= {whole: replace(tensors[name], name=whole) for whole, name in clamped.items()}
     constants = {name: Constant(name, constant.floats()) for name, constant in program.constants.items()}
     return replace(
         program,

@@ -141,7 +141,7 @@ def _analyse(
     given = make_schemes(scheme, target.activations, target.weights)
     traced = trace(root, example_inputs)
     operators = recognize(traced)
-    if decompose(traced, operators, target, given.is_float):
+    if decompose(traced, operators, target, given):
         operators = recognize(traced)
     opgraph = spell_for(locate_islands(build_opgraph(traced.graph, operators), traced), target)
     schemes = make_schemes(scheme, _default_activations(opgraph, target), target.weights)

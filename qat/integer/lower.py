@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from qat.graph.plan import PlanEntry
 from qat.graph.prepared import PreparedModel, rescaled
 from qat.graph.structure import Structure
 from qat.graph.subgraph import constant_value, cut, node_values
-from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program, TensorInfo
+from qat.integer.program import FLOAT_SUFFIX, SATURATES, Constant, Op, Program, TensorInfo
 from qat.integer.shapes import step_shape
 from qat.integer.weights import (
     Affine,
@@ -202,6 +202,9 @@ class _Lowering:
         result = end if bounds is None else op.name
         self._tensor(result, op.name, encoding if result == end else encoding.derived(f"clamped into {end}"))
         self._compute(op, fusion, result, encoding)
+        if fusion.clamp is not None and bounds is None:
+            # the codes end where the clamp does; who goes back to floats has to know
+            self.ops[-1] = replace(self.ops[-1], attrs={**self.ops[-1].attrs, SATURATES: dict(fusion.clamp.attrs)})
         if bounds is not None:
             self._tensor(end, end, encoding)
             assert fusion.clamp is not None

@@ -17,6 +17,8 @@ from qat.encoding import Encoding
 
 #: suffix of the float twin of a quantized tensor
 FLOAT_SUFFIX = ":float"
+#: attribute of an operator that was fused with a clamp which its codes do by themselves: `low` and `high` of that
+SATURATES = "saturates"
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ OPERATOR_BOUND = {8: 1, 16: 512}
 #: of a whole network, in codes of 8 bits: differences of operators add up along it, and the compiler fuses HardSwish with
 #: the product before it without saturating between them (docs/hexagon.md). It catches what is grossly wrong; the proof is
 #: the comparison operator by operator.
-NETWORK_BOUND = 64.0
+NETWORK_BOUND = 32.0
 #: of AIMET, which simulates in float32: a sum on the other side of a tie is a code, and adds up likewise
 AIMET_BOUND = 8.0
 #: whole networks take about a second a sample

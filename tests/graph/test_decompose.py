@@ -107,3 +107,20 @@ def test_every_gate_is_a_function_of_targets() -> None:
     from qat.targets.rule import FUNCTIONS
 
     assert {*GATES, *(name for gates in GATES.values() for name, _ in gates)} <= FUNCTIONS
+
+
+def test_16_bit_factors_are_computed_on_rows(tmp_path: Any) -> None:
+    qmodel = qat.prepare(Net(nn.Mish).eval(), X, target=HEXAGON, scheme={"activations": {"dtype": "uint16"}})
+    assert [e.name for e in qmodel.plan if e.role == "activation" and "#2" not in e.name] == [
+        "conv", "act.flatten", "act.softplus", "act.tanh", "act.reshape", "act", "head"
+    ]  # fmt: skip
+    torch.testing.assert_close(qmodel(X[:2]), Net.forward(qmodel, X[:2]), rtol=1e-5, atol=1e-6)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="calibrated on"):
+        qat.calibrate(qmodel, [X], progress=False)
+    result = qat.export_onnx(qmodel, tmp_path / "m.onnx", dynamic_batch=False)
+    assert result.verification is not None
+    # a product of two codes of 16 bits
+    assert result.verification.worst.max_difference <= 16
+    rows = qat.plan(nn.Sequential(nn.Linear(8, 4), nn.SiLU()), torch.randn(2, 8), target=HEXAGON,
+                    scheme={"activations": {"dtype": "uint16"}})  # fmt: skip
+    assert "1.flatten" not in rows.entries
