@@ -1,11 +1,12 @@
 """Whole networks on Qualcomm's HTP emulator: the forecast against what it did, and how far it is from the simulation.
 
     python benchmarks/hexagon_networks.py [NETWORK ...] [--archs 68 73 79] [--size 64] [--images 4] [--operators 73]
+        [--activations uint8]
 
-Networks have random weights, with batch norms and ranges from random images. For each network and generation: what the plan
-calls integer (operators and MACs), the float tensors that the compiler made, the output's largest difference from the
-simulation in codes and the share of equal codes, and, for the generations of `--operators`, the same of every operator
-executed alone. Prints a Markdown table; needs `pip install 'qat[hexagon]'`.
+Networks have random weights, with batch norms and ranges from random images. For each network and generation: what the
+plan calls integer (operators and MACs), the float tensors that the compiler made, the output's largest difference from
+the simulation in codes and the share of equal codes, and, for the generations of `--operators`, the same of every
+operator executed alone. Prints a Markdown table; needs `pip install 'qat[hexagon]'`.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("networks", nargs="*", default=list(NETWORKS))
     parser.add_argument("--archs", nargs="+", type=int, default=[68, 73, 79])
     parser.add_argument("--operators", nargs="*", type=int, default=[73])
+    parser.add_argument("--activations", default="uint8")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--images", type=int, default=4)
     options = parser.parse_args()
@@ -88,11 +90,12 @@ def main() -> None:
 def row(name: str, model: nn.Module, images: Tensor, arch: int, options: argparse.Namespace) -> None:
     """Measure one network on one generation, and print its row."""
     start, target = time.perf_counter(), qat.load_target(f"hexagon-v{arch}")
-    made = qat.plan(model, images, target=target)
+    scheme = {"activations": {"dtype": options.activations}}
+    made = qat.plan(model, images, target=target, scheme=scheme)
     forecast = [made.forecast(entry) for entry in made if made.forecast(entry)]
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
-        qmodel = qat.prepare(model, images, target=target)
+        qmodel = qat.prepare(model, images, target=target, scheme=scheme)
         qat.calibrate(qmodel, [images], progress=False)
         path = Path(folder) / "m.onnx"
         result = qat.export_onnx(qmodel, path, verify=False)

@@ -16,7 +16,9 @@ _File = Annotated[Path, typer.Argument(metavar="FILE", help="A table of encoding
 
 def register(app: typer.Typer) -> None:
     """Add the verbs."""
-    group = typer.Typer(help="Show, compare and convert tables of encodings.", no_args_is_help=True, rich_markup_mode=None)
+    group = typer.Typer(
+        help="Show, compare and convert tables of encodings.", no_args_is_help=True, rich_markup_mode=None
+    )
     for verb in (show, diff, convert):
         group.command(verb.__name__)(verb)
     app.add_typer(group, name="encodings")
@@ -97,7 +99,7 @@ def convert(
     """Convert a table of encodings from or to AIMET's format."""
     from qat.encoding import Encodings
     from qat.errors import EncodingError
-    from qat.interop.aimet import tensors_of, read_aimet, write_aimet
+    from qat.interop.aimet import read_aimet, tensors_of, write_aimet
 
     if to is Format.QAT:
         read_aimet(file).save(output)

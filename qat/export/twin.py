@@ -12,9 +12,10 @@ from qat.integer.program import FLOAT_SUFFIX, SATURATES, Constant, Op, Program, 
 
 #: operators between codes and floats, or between codes: nothing to a float
 _CONVERSIONS = frozenset({"quantize", "dequantize", "requantize"})
-#: ONNX operators whose results have their input's encoding in AIMET and Qualcomm's converters, and take none of their own
+#: ONNX operators whose results have their input's encoding in AIMET and Qualcomm's converters, and none of their own
 MOVEMENTS = frozenset({
-    "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+    "Expand", "Flatten", "Gather", "Identity", "MaxPool", "Reshape", "Slice", "Split", "Squeeze", "Transpose",
+    "Unsqueeze",
 })  # fmt: skip
 
 

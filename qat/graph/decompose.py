@@ -1,10 +1,10 @@
 """Functions that a target has no table for, as the functions and the multiplication that it has.
 
-Sigmoid and the product of `silu(x) = x * sigmoid(x)` have codes of their own, so the model that is trained has to compute
-both: this rewrites the traced graph, before anything is planned.
+Sigmoid and the product of `silu(x) = x * sigmoid(x)` have codes of their own, so the model that is trained has to
+compute both: this rewrites the traced graph, before anything is planned.
 
-Qualcomm's compiler fuses a convolution with `x * sigmoid(x)` behind it, and computes that wrongly in 16 bits (by half the
-range, on every generation). It does not see the pattern where the factor is computed on another shape.
+Qualcomm's compiler fuses a convolution with `x * sigmoid(x)` behind it, and computes that wrongly in 16 bits (by half
+the range, on every generation). It does not see the pattern where the factor is computed on another shape.
 """
 
 from __future__ import annotations

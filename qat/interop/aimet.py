@@ -1,8 +1,8 @@
 """AIMET's files of encodings, which Qualcomm's converters read as quantization overrides: formats 0.6.1, 1.0.0, 2.0.0.
 
-Sources: aimet-onnx 2.42 (`QuantizationSimModel.export`, `load_encodings_to_sim`), measured. In 0.6.1 and 1.0.0 an offset
-is minus the zero point on the unsigned grid, whatever the type: -128 for symmetric int8. 2.0.0 has ONNX's zero points and
-types, and names no parameters. A table says nothing of the axis of channels before 2.0.0.
+Sources: aimet-onnx 2.42 (`QuantizationSimModel.export`, `load_encodings_to_sim`), measured. In 0.6.1 and 1.0.0 an
+offset is minus the zero point on the unsigned grid, whatever the type: -128 for symmetric int8. 2.0.0 has ONNX's zero
+points and types, and names no parameters. A table says nothing of the axis of channels before 2.0.0.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -150,11 +151,10 @@ def tensors_of(path: str | os.PathLike[str]) -> tuple[frozenset[str], frozenset[
         EncodingError: It cannot be read as an ONNX model.
     """
     import onnx
-    from google.protobuf.message import DecodeError
 
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
-    except (OSError, DecodeError, ValueError) as error:
+    except Exception as error:  # noqa: BLE001 - protobuf's errors have no public base that is typed
         raise EncodingError(f"cannot read the ONNX model {path} ({error})", "give an existing model") from None
     parameters = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
@@ -236,12 +236,12 @@ class _Reader:
             if not isinstance(entry, dict):
                 raise self.fail(where, "it is no object")
             name = self.value(entry, "name", where, lambda v: isinstance(v, str) and bool(v), "name")
-            found.append((name, self._made(name, lambda e=entry, n=name: read(e, n))))
+            found.append((name, self._made(name, partial(read, entry, name))))
         return found
 
     def mapped(self, data: Mapping[str, Any], key: str) -> list[tuple[str, Encoding]]:
         tables = self.value(data, key, "the file", lambda v: isinstance(v, dict), "object")
-        return [(name, self._made(name, lambda e=entries, n=name: self.entries_0(e, n))) for name, entries in tables.items()]
+        return [(name, self._made(name, partial(self.entries_0, entries, name))) for name, entries in tables.items()]
 
     def _made(self, name: str, make: Callable[[], Encoding]) -> Encoding:
         try:
@@ -286,7 +286,9 @@ class _Reader:
         if dtype not in _TYPES:
             raise self.fail(repr(name), f"{bits} bits are not read")
         low = int_type(dtype).qmin
-        return _encoding(dtype, scales, [low - offset for offset in offsets], symmetric, channels, self.axes.get(name, 0))
+        return _encoding(
+            dtype, scales, [low - offset for offset in offsets], symmetric, channels, self.axes.get(name, 0)
+        )
 
     def entry_2(self, entry: Mapping[str, Any], name: str) -> Encoding:
         where = repr(name)

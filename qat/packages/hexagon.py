@@ -1,11 +1,11 @@
-"""The package for Qualcomm Hexagon: the model for the QNN execution provider, what that compiles, and AIMET's view of it.
+"""The package for Qualcomm Hexagon: the model for the QNN execution provider, what that compiles, and AIMET's view.
 
 - `model.onnx`: QDQ, static shapes, the same for all generations.
 - `contexts/v73/model_ctx.onnx` with its `.bin`: compiled ahead of time for one generation (a QNN context binary).
 - `float.onnx` and `float.encodings`: the same network for Qualcomm's converters (`qairt-converter` and its
-  `--quantization_overrides`) and for AIMET. Its weights are the floats of the codes in `model.onnx`, not the trained ones:
-  rounding them by the encodings gives exactly these codes, whatever algorithm chose them. `float.v2.encodings` has the
-  int32 biases too.
+  `--quantization_overrides`) and for AIMET. Its weights are the floats of the codes in `model.onnx`, not the trained
+  ones: rounding them by the encodings gives exactly these codes, whatever algorithm chose them. `float.v2.encodings`
+  has the int32 biases too.
 """
 
 from __future__ import annotations
@@ -84,7 +84,6 @@ def _write_context(model: Artifact, folder: Path, arch: int) -> Artifact:
         raise ExportError("compiling it needs onnxruntime-qnn", "pip install 'qat[hexagon]' and make the package again")
     wrapper = folder / context_path(arch)
     wrapper.parent.mkdir(parents=True, exist_ok=True)
-    # a wrapper names its binary by a path, which must not be that of a staging folder
     write_context(folder / ONNX, arch, wrapper)
     chip, number = CHIPS[arch]
     options = (("htp_arch", str(arch)), ("soc", chip), ("soc_model", str(number)), ("model", ONNX))

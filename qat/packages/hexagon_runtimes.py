@@ -24,9 +24,9 @@ from qat.packages.runtimes import ONNXRUNTIME
 
 #: largest difference of one operator, in codes of 8 bits; 16-bit products of two activations are approximated
 OPERATOR_BOUND = {8: 1, 16: 512}
-#: of a whole network, in codes of 8 bits: differences of operators add up along it, and the compiler fuses HardSwish with
-#: the product before it without saturating between them (docs/hexagon.md). It catches what is grossly wrong; the proof is
-#: the comparison operator by operator.
+#: of a whole network, in codes of 8 bits: differences of operators add up along it, and the compiler fuses HardSwish
+#: with the product before it without saturating between them (docs/hexagon.md). It catches what is grossly wrong; the
+#: proof is the comparison operator by operator.
 NETWORK_BOUND = 32.0
 #: of AIMET, which simulates in float32: a sum on the other side of a tie is a code, and adds up likewise
 AIMET_BOUND = 8.0
@@ -186,7 +186,7 @@ def _blob(wrapper: Path) -> Path:
     named = [a.s.decode() for node in nodes for a in node.attribute if a.name == "ep_cache_context"]
     if len(named) != 1 or Path(named[0]).name != named[0] or not (wrapper.parent / named[0]).is_file():
         raise ExportError(f"{wrapper.name} names no context binary beside it", "make the package again")
-    return wrapper.parent / named[0]
+    return wrapper.parent / str(named[0])
 
 
 # -- AIMET
@@ -202,9 +202,7 @@ def _run_aimet(file: Path, artifact: Artifact, samples: Sequence[Sample]) -> tup
         mismatches = quantsim.load_encodings_to_sim(simulation, str(encodings), strict=False)
         # its session has names of its own
         names = [contract.name for contract in artifact.outputs]
-        found = [
-            dict(zip(names, simulation.session.run(None, dict(sample)), strict=True)) for sample in samples
-        ]
+        found = [dict(zip(names, simulation.session.run(None, dict(sample)), strict=True)) for sample in samples]
     # AIMET and ONNX Runtime have no common public base of their exceptions
     except Exception as error:
         cause = " ".join(str(error).split())[:200]

@@ -10,7 +10,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 import qat

@@ -134,5 +134,5 @@ def test_tflite_has_slopes_of_its_own() -> None:
 
 def test_a_parameter_that_is_not_finite() -> None:
     x = Encoding("uint8", (0.1,), (128,), 0, 255)
-    with pytest.raises(ExportError, match="norm: norm.bias is not finite; check the parameter"):
+    with pytest.raises(ExportError, match=r"norm: norm\.bias is not finite; check the parameter"):
         quantize_parameters("norm", ("norm.weight", "norm.bias"), (torch.ones(3), torch.tensor([1.0, torch.nan, 0])), x)

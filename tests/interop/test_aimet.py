@@ -38,7 +38,15 @@ def test_version_0() -> None:
     found = aimet_document(TABLE, parameters=PARAMETERS, version="0.6.1")
     assert set(found) == {"version", "producer", "activation_encodings", "param_encodings", "quantizer_args"}
     assert found["activation_encodings"]["x"] == [
-        {"bitwidth": 8, "dtype": "int", "is_symmetric": "False", "min": -63.5, "max": 64.0, "offset": -127, "scale": 0.5}
+        {
+            "bitwidth": 8,
+            "dtype": "int",
+            "is_symmetric": "False",
+            "min": -63.5,
+            "max": 64.0,
+            "offset": -127,
+            "scale": 0.5,
+        }
     ]
     # a signed zero point is one of the unsigned grid
     assert found["activation_encodings"]["n"][0]["offset"] == -125
@@ -54,7 +62,8 @@ def test_version_1() -> None:
     found = aimet_document(TABLE, parameters=PARAMETERS, version="1.0.0", biases=True)
     by_name = {e["name"]: e for key in ("activation_encodings", "param_encodings") for e in found[key]}
     assert by_name["x"] == {
-        "name": "x", "enc_type": "PER_TENSOR", "dtype": "INT", "bw": 8, "is_sym": False, "scale": [0.5], "offset": [-127]
+        "name": "x", "enc_type": "PER_TENSOR", "dtype": "INT", "bw": 8, "is_sym": False,
+        "scale": [0.5], "offset": [-127],
     }  # fmt: skip
     assert by_name["w"]["enc_type"] == "PER_CHANNEL"
     assert by_name["w"]["offset"] == [-128, -128]
@@ -111,7 +120,15 @@ def test_biases_and_axes_come_back(version: Any, tmp_path: Path) -> None:
 
 # -- what is refused
 
-ENTRY_1 = {"name": "x", "enc_type": "PER_TENSOR", "dtype": "INT", "bw": 8, "is_sym": False, "scale": [0.5], "offset": [0]}
+ENTRY_1 = {
+    "name": "x",
+    "enc_type": "PER_TENSOR",
+    "dtype": "INT",
+    "bw": 8,
+    "is_sym": False,
+    "scale": [0.5],
+    "offset": [0],
+}
 ENTRY_2 = {"name": "x", "output_dtype": "uint8", "y_scale": 0.5, "y_zero_point": 3}
 ENTRY_0 = {"bitwidth": 8, "dtype": "int", "is_symmetric": "False", "min": 0, "max": 1, "offset": 0, "scale": 0.5}
 
@@ -165,7 +182,7 @@ def test_a_malformed_file_is_named(data: Any, message: str) -> None:
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(EncodingError, match="cannot read .*none"):
+    with pytest.raises(EncodingError, match=r"cannot read .*none"):
         read_aimet(tmp_path / "none")
     (tmp_path / "half").write_text('{"version": "1.0')
     with pytest.raises(EncodingError, match="half is not JSON"):
@@ -173,10 +190,12 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
-    grouped = Encoding("int8", (1.0, 1.0), (0, 0), -128, 127, symmetric=True, granularity=Granularity("per_group", 1, 2))
+    grouped = Encoding(
+        "int8", (1.0, 1.0), (0, 0), -128, 127, symmetric=True, granularity=Granularity("per_group", 1, 2)
+    )
     with pytest.raises(EncodingError, match="'g' has a scale for each group"):
         write_aimet(Encodings({"g": grouped}), tmp_path / "e", parameters={"g"})
-    with pytest.raises(EncodingError, match="no format '3' of encodings; choose 0.6.1"):
+    with pytest.raises(EncodingError, match=r"no format '3' of encodings; choose 0.6.1"):
         aimet_document(TABLE, parameters=(), version="3")  # type: ignore[arg-type]
     assert not (tmp_path / "e").exists()
 
@@ -234,7 +253,9 @@ def test_convert_refuses(
     assert not (tmp_path / "out").exists()
 
 
-def test_convert_wants_the_model_of_the_table(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_wants_the_model_of_the_table(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     TABLE.save(tmp_path / "other.json")
     model = str(exported / "model.onnx")
     arguments = ["encodings", "convert", str(tmp_path / "other.json"), str(tmp_path / "out"), "--to", "aimet"]

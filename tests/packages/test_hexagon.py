@@ -121,7 +121,9 @@ def test_a_package_without_the_emulator_says_so(
     assert "float.onnx" in (tmp_path / "p" / "README.md").read_text()
 
 
-def test_the_float_model_rounds_to_the_codes(qmodel: qat.PreparedModel, nothing_installed: None, tmp_path: Path) -> None:
+def test_the_float_model_rounds_to_the_codes(
+    qmodel: qat.PreparedModel, nothing_installed: None, tmp_path: Path
+) -> None:
     hexagon.write(source(qmodel, "hexagon-v73"), tmp_path, IoMode("codes", "codes"))
     floats = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(tmp_path / "float.onnx")).graph.initializer}
     coded = {t.name: numpy_helper.to_array(t) for t in onnx.load(str(tmp_path / "model.onnx")).graph.initializer}
@@ -199,7 +201,7 @@ def test_a_float_tensor_that_nobody_planned(tmp_path: Path) -> None:
     _, notes = run(tmp_path / artifact.path, artifact, inputs)
     assert notes[1] == "float by the plan: act"
     silent = type(artifact)(artifact.path, "onnx", "onnx", artifact.inputs, artifact.outputs)
-    with pytest.raises(VerificationError, match="HTP v73 computes '.*' in float, which the plan calls integer"):
+    with pytest.raises(VerificationError, match=r"HTP v73 computes '.*' in float, which the plan calls integer"):
         run(tmp_path / artifact.path, silent, inputs)
 
 
@@ -209,7 +211,7 @@ def test_an_operator_that_is_wrong_is_named(
 ) -> None:
     (artifact, *_), _ = hexagon.write(source(qmodel, "hexagon-v73"), tmp_path, IoMode())
     monkeypatch.setattr(hexagon_runtimes, "OPERATOR_BOUND", {8: -1, 16: -1})
-    with pytest.raises(VerificationError, match="HTP v73 is . codes off in 'a' alone, where -1 may be"):
+    with pytest.raises(VerificationError, match=r"HTP v73 is . codes off in 'a' alone, where -1 may be"):
         hexagon_runtimes.check_operators(tmp_path / artifact.path, {"x": X[:1].numpy()}, 73)
 
 
@@ -235,7 +237,7 @@ def test_a_context_binary_of_another_generation_or_model(qmodel: qat.PreparedMod
     with pytest.raises(VerificationError, match="gives another 'softmax' than the model that it was compiled from"):
         run(wrapper, context, inputs)
     blob.unlink()
-    with pytest.raises(ExportError, match="model_ctx.onnx names no context binary beside it"):
+    with pytest.raises(ExportError, match=r"model_ctx\.onnx names no context binary beside it"):
         run(wrapper, context, inputs)
 
 
