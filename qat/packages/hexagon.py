@@ -56,7 +56,7 @@ def write(source: Source, folder: Path, io: IoMode) -> tuple[tuple[Artifact, ...
         ExportError: The model cannot be expressed in ONNX, or has floats where `io` wants codes.
     """
     program = source.simulation("onnx").program
-    floats = ", ".join(float_operators(program))
+    floats = " ".join(float_operators(program))
     plain = write_onnx(source, folder, io)
     options = ((FLOAT_OPERATORS, floats),) if floats else ()
     model = Artifact(plain.path, plain.format, plain.numerics, plain.inputs, plain.outputs, options)
