@@ -92,12 +92,14 @@ class Constraints:
         multiplier_below: Bounds of requantization multipliers by kind of operator; kinds that are absent have none.
         layout: Order of the dimensions of images in the target's artifacts.
         floats: What computes operators that have no integer form.
+        quantized_parameters: Kinds of operators whose slopes, factors and offsets are codes too.
     """
 
     dynamic_batch: bool = True
     multiplier_below: Mapping[str, float] = field(default_factory=dict)
     layout: Layout = "NCHW"
     floats: Floats = "float32"
+    quantized_parameters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def plan_graph(graph: OpGraph, target: Target, schemes: Schemes) -> Plan:
         first = next((f"{e.name}: {e.reason}" for e in operators if e.decision != "fused"), "it has no operators")
         raise PlanError(f"the model has nothing to quantize ({first})", "check the target, the scheme and the layers")
     bounds = {kind: r.multiplier_below for kind, r in target.operators.items() if r.multiplier_below is not None}
-    constraints = Constraints(target.dynamic_batch, bounds, target.layout, target.floats)
+    coded = tuple(sorted(kind for kind, r in target.operators.items() if r.parameters == "quantized"))
+    constraints = Constraints(target.dynamic_batch, bounds, target.layout, target.floats, coded)
     return Plan(target.name, target.numerics, entries, tuple(_without_effect(graph, schemes)), constraints=constraints)
 
 

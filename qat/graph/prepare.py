@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from qat.errors import PlanError, TraceError
+from qat.graph.decompose import decompose
 from qat.graph.finite import refuse_nonfinite
 from qat.graph.fusions import find_fusions
 from qat.graph.islands import locate_islands
@@ -136,9 +137,12 @@ def _analyse(
     root: nn.Module, example_inputs: Any, target: Target, scheme: Schemes | Mapping[str, Any] | None
 ) -> _Analysis:
     refuse_nonfinite(root.named_parameters(), root.named_buffers())
-    make_schemes(scheme, target.activations, target.weights)  # says what is wrong before the model is looked at
+    # says what is wrong before the model is looked at
+    given = make_schemes(scheme, target.activations, target.weights)
     traced = trace(root, example_inputs)
     operators = recognize(traced)
+    if decompose(traced, operators, target, given):
+        operators = recognize(traced)
     opgraph = spell_for(locate_islands(build_opgraph(traced.graph, operators), traced), target)
     schemes = make_schemes(scheme, _default_activations(opgraph, target), target.weights)
     made = plan_graph(opgraph, target, schemes)

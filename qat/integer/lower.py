@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,17 @@ from qat.graph.plan import PlanEntry
 from qat.graph.prepared import PreparedModel, rescaled
 from qat.graph.structure import Structure
 from qat.graph.subgraph import constant_value, cut, node_values
-from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program, TensorInfo
+from qat.integer.program import FLOAT_SUFFIX, SATURATES, Constant, Op, Program, TensorInfo
 from qat.integer.shapes import step_shape
-from qat.integer.weights import Affine, folded, norm_affine, parameter, quantize_affine, storage
+from qat.integer.weights import (
+    Affine,
+    folded,
+    norm_affine,
+    parameter,
+    quantize_affine,
+    quantize_parameters,
+    storage,
+)
 from qat.scheme import Granularity, Scheme
 
 _WEIGHTED = frozenset({"conv", "conv_transpose", "linear"})
@@ -194,6 +202,9 @@ class _Lowering:
         result = end if bounds is None else op.name
         self._tensor(result, op.name, encoding if result == end else encoding.derived(f"clamped into {end}"))
         self._compute(op, fusion, result, encoding)
+        if fusion.clamp is not None and bounds is None:
+            # the codes end where the clamp does; who goes back to floats has to know
+            self.ops[-1] = replace(self.ops[-1], attrs={**self.ops[-1].attrs, SATURATES: dict(fusion.clamp.attrs)})
         if bounds is not None:
             self._tensor(end, end, encoding)
             assert fusion.clamp is not None
@@ -206,7 +217,7 @@ class _Lowering:
         elif op.kind == "batch_norm":
             self._batch_norm(op, result)
         elif op.kind in ("layer_norm", "prelu"):
-            parameters = tuple(self._float_parameter(i) for i in op.inputs[1:])
+            parameters = self._parameters(op)
             self._emit(op.kind, op.name, (self.codes(op.tensors[0]), *parameters), result, op.attrs)
         elif op.kind == "identity":
             del self.tensors[result]
@@ -251,6 +262,24 @@ class _Lowering:
         if item.key not in self.constants:
             self._constant(item.key, parameter(self.prepared, item)[0].float(), None)
         return item.key
+
+    def _parameters(self, op: GraphOp) -> tuple[str, ...]:
+        """Names of the slopes, or of factor and offset, of an integer operator: floats, or codes of their own."""
+        if op.kind not in self.plan.constraints.quantized_parameters:
+            return tuple(self._float_parameter(i) for i in op.inputs[1:])
+        held = self._held(self.codes(op.tensors[0]))
+        assert held is not None
+        refs = [i if isinstance(i, ParamRef) else None for i in op.inputs[1:]]
+        values = [parameter(self.prepared, i)[0].float() if i else None for i in refs]
+        # another input scale asks for another offset
+        keys = [f"{i.key}#{op.name}" if i and i.key in self.constants else i.key if i else "" for i in refs]
+        if op.kind == "layer_norm" and values[0] is None:
+            # the factor of a layer norm is no optional operand of runtimes, and theirs would be floats
+            sizes = self.graph.shapes[op.name][-op.attrs["axes_count"] :]
+            keys[0], values[0] = f"{op.name}.weight", torch.ones(sizes)
+        made = quantize_parameters(op.name, tuple(keys), tuple(values), held)
+        self.constants.update({constant.name: constant for constant in made})
+        return tuple(keys)
 
     def _requantized(self, source: str, encoding: Encoding) -> str:
         held = self._held(source)

@@ -34,6 +34,11 @@ class Operand:
     prepared: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def floats(self) -> Tensor:
+        """The values as floats."""
+        return self.value if self.encoding is None else self.encoding.dequantize(self.value)
+
+    @property
     def params(self) -> QParams:
         """Per-tensor parameters of the codes as an operator reads them."""
         assert self.encoding is not None
@@ -141,7 +146,7 @@ def _prelu(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) 
     x, slope = inputs
     assert x is not None
     assert slope is not None
-    return table.prelu(x.value, x.params, slope.value, qparams(y))
+    return table.prelu(x.value, x.params, slope.floats, qparams(y))
 
 
 def _softmax(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
@@ -154,7 +159,7 @@ def _layer_norm(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encod
     x, weight, bias = inputs
     assert x is not None
     return layer_norm.layer_norm(
-        x.value, x.params, None if weight is None else weight.value, None if bias is None else bias.value, qparams(y),
+        x.value, x.params, None if weight is None else weight.floats, None if bias is None else bias.floats, qparams(y),
         attrs["axes_count"], attrs["eps"],
     )  # fmt: skip
 

@@ -17,6 +17,8 @@ from qat.encoding import Encoding
 
 #: suffix of the float twin of a quantized tensor
 FLOAT_SUFFIX = ":float"
+#: attribute of an operator that was fused with a clamp which its codes do by themselves: `low` and `high` of that
+SATURATES = "saturates"
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,10 @@ class Constant:
     name: str
     value: Tensor
     encoding: Encoding | None = None
+
+    def floats(self) -> Tensor:
+        """The values, float32 where they are codes."""
+        return self.value if self.encoding is None else self.encoding.dequantize(self.value)
 
 
 @dataclass(frozen=True)

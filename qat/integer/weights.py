@@ -16,7 +16,7 @@ from qat.graph.opgraph import GraphOp
 from qat.graph.prepared import PreparedModel
 from qat.integer.program import Constant
 from qat.quantizers import WeightFakeQuantize
-from qat.scheme import Granularity, Scheme
+from qat.scheme import Granularity, Scheme, int_type
 
 #: A bias beyond this many steps is brought back by a coarser weight scale; the rest of int32 is left to the products.
 _BIAS_LIMIT = 1 << 30
@@ -142,6 +142,45 @@ def quantize_affine(
         method="input scale times weight scale",
     )
     return Constant(keys[0], storage(codes, encoding.dtype), encoding), Constant(keys[1], bias_codes, bias_encoding)
+
+
+def quantize_parameters(
+    name: str, keys: tuple[str, ...], values: tuple[Tensor | None, ...], x: Encoding
+) -> list[Constant]:
+    """Quantize the slopes of a PReLU, or factor and offset of a layer norm.
+
+    Slopes and factors get 8 bits and one scale, unsigned where the activations are (Qualcomm's compiler has no other
+    pairs); an offset gets 32 bits at the scale of the products.
+
+    Args:
+        name: Name of the operator, for messages.
+        keys: Names of the constants; that of an absent one is not read.
+        values: Slopes, or factor and offset; float32.
+        x: Encoding of the input.
+
+    Raises:
+        ExportError: A value is not finite; the operator and the parameter are named.
+    """
+    scheme = Scheme(dtype="int8" if int_type(x.dtype).signed else "uint8")
+    found: list[Constant] = []
+    factor_scale = 1.0
+    for number, (key, value) in enumerate(zip(keys, values, strict=True)):
+        if value is None:
+            continue
+        if not bool(torch.isfinite(value).all()):
+            raise ExportError(f"{name}: {key} is not finite", "check the parameter")
+        if number == 0:
+            encoding = Encoding.from_range(
+                value.min(), value.max(), scheme, provenance="derived", method="min-max of the parameter"
+            )
+            factor_scale = encoding.scale[0]
+        else:
+            encoding = Encoding(
+                "int32", (x.scale[0] * factor_scale,), (0,), -(1 << 31), (1 << 31) - 1, symmetric=True,
+                provenance="derived", method="input scale times that of the factor",
+            )  # fmt: skip
+        found.append(Constant(key, storage(encoding.quantize(value), encoding.dtype), encoding))
+    return found
 
 
 def bias_scales(weight: Encoding, x_scale: Tensor, channels: int) -> Tensor:

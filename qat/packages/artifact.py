@@ -10,8 +10,8 @@ from qat.export.contract import TensorContract
 __all__ = ["Artifact", "Format", "TensorContract"]
 
 #: formats of artifacts: ONNX (QDQ), TFLite, a plan of the native runner, a QNN context binary in its ONNX wrapper, a
-#: .tflite that NeuroPilot has compiled for one SoC
-Format = Literal["onnx", "tflite", "plan", "qnn-context", "neuron"]
+#: .tflite that NeuroPilot has compiled for one SoC, float ONNX with a file of encodings beside it
+Format = Literal["onnx", "tflite", "plan", "qnn-context", "neuron", "onnx-encodings"]
 
 
 @dataclass(frozen=True)

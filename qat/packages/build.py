@@ -144,7 +144,7 @@ def _batches(qmodel: PreparedModel, samples: Iterable[Any] | None, golden: int) 
 
 def _versions() -> dict[str, str]:
     found = {"qat": qat_version(), "torch": torch.__version__}
-    for name in ("onnx", "onnxruntime", "ai-edge-litert"):
+    for name in ("onnx", "onnxruntime", "ai-edge-litert", "onnxruntime-qnn"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

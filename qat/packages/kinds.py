@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qat.errors import PackageError, TargetError
 from qat.export.io_mode import IoMode
-from qat.packages import apu, arm_cpu
+from qat.packages import apu, arm_cpu, hexagon, hexagon_runtimes
 from qat.packages.artifact import Artifact
 from qat.packages.executor import Executor
 from qat.packages.source import Source
@@ -36,6 +36,7 @@ class Kind:
 KINDS = (
     Kind("arm-cpu", "ARM CPU", ("arm-cpu",), arm_cpu.write, arm_cpu.executors),
     Kind("apu", "MediaTek APU", ("apu",), apu.write, apu.executors),
+    Kind("hexagon", "Qualcomm Hexagon", hexagon.TARGETS, hexagon.write, hexagon_runtimes.executors),
 )
 
 

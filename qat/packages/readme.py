@@ -23,6 +23,11 @@ _USE = {
     ),
     "neuron": "LiteRT with MediaTek's dispatch library, on the SoC named only; nothing has executed it.",
     "qnn-context": "ONNX Runtime with the QNN execution provider; it was compiled for the generation named.",
+    "onnx-encodings": (
+        "`qairt-converter --input_network {path} --quantization_overrides ENCODINGS`, or AIMET's "
+        "`load_encodings_to_sim`; "
+        "its weights are those of the integer model, so that rounding them by the encodings gives the same codes."
+    ),
 }
 _DEPLOY = (
     "To put it on a phone that adb reaches: `./deploy.sh --dry-run` says what it would do and why, `./deploy.sh` does "

@@ -15,11 +15,12 @@ Schema of a target file, version 2 (YAML; `?` marks what may be left out):
     dtypes: {<set name>: [[activation dtype, weight dtype], ...], ...}     named sets of legal dtype tuples
     operators: {<kind>: <rule>}
         rule: {dtypes: <set name>, granularity?: [...], output?: own|inherit|tie|fixed, fixed?: ..., limits?: ...,
-               modes?: [...], symmetric?: [...], multiplier_below?: number},
+               modes?: [...], symmetric?: [...], multiplier_below?: number, parameters?: float|quantized},
               or {instead: <text>} for what has no integer form
         fixed: [low, high], or {<activation dtype>: [low, high]}; types that are not named have a range of their own
         limits: {dilation|groups|rank|spatial: largest legal number}
         modes: of resize (nearest, linear), pad (constant, reflect, replicate), clamp (relu, relu6, relu_n1_to_1, other)
+        parameters, of prelu and layer_norm: slopes and factors are floats, or 8-bit codes (and offsets int32 codes)
         multiplier_below: the scales of the operands over that of the result; checked when a network is exported
         functions, of table: {<function>: <rule>}; keys that are left out are those of the rule of table
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from qat.errors import SchemeError, TargetError
 from qat.scheme import Granularity, GranularityKind, ObserverSpec, Scheme, int_type
-from qat.targets.rule import FUNCTIONS, KINDS, LIMITS, OperatorRule, OutputRule, Symmetric
+from qat.targets.rule import FUNCTIONS, KINDS, LIMITS, PARAMETRIC, OperatorRule, OutputRule, Parameters, Symmetric
 from qat.targets.target import Floats, Layout, Target
 
 SEE = "see the schema in qat.targets.load"
@@ -19,7 +19,7 @@ _REQUIRED = (
 _OPTIONAL = ("extends", "sources", "floats", "layout", "mixed_dtypes", "symmetric")
 _RULE_KEYS = {
     "dtypes", "granularity", "output", "fixed", "functions", "limits", "modes", "symmetric", "multiplier_below",
-    "instead",
+    "parameters", "instead",
 }  # fmt: skip
 _SCHEME_KEYS = {"dtype", "symmetric", "granularity", "qmin", "qmax", "observer"}
 _WEIGHTED = {"conv", "conv_transpose", "linear"}
@@ -190,6 +190,7 @@ def _rule(
         modes=_modes(data, kind, where),
         multiplier_below=_positive(data.get("multiplier_below"), f"{where}.multiplier_below"),
         symmetric=own if kind in _WEIGHTED else own - {"weights"},
+        parameters=_parameters(data, kind, where),
     )
 
 
@@ -227,6 +228,13 @@ def _modes(data: Mapping[str, Any], kind: str, where: str) -> frozenset[str] | N
     if kind not in _MODES:
         raise TargetError(f"{where} has the unknown key 'modes'", f"only {', '.join(sorted(_MODES))} have modes")
     return _names(data["modes"], _MODES[kind], f"{where}.modes")
+
+
+def _parameters(data: Mapping[str, Any], kind: str, where: str) -> Parameters:
+    if "parameters" in data and kind not in PARAMETRIC:
+        raise TargetError(f"{where} has the unknown key 'parameters'", f"only {', '.join(sorted(PARAMETRIC))} have it")
+    chosen: Parameters = _choice(data.get("parameters", "float"), get_args(Parameters), f"{where}.parameters")
+    return chosen
 
 
 def _fixed(data: Any, activations: Collection[str], where: str) -> dict[str, tuple[float, float]]:

@@ -36,6 +36,10 @@ LIMITS: Mapping[str, str] = {
     "spatial": "largest number of spatial dimensions of a convolution, pooling or resizing",
 }
 Symmetric = Literal["activations", "weights"]
+#: how an operator reads its parameters that are no weights of a product: as floats, or as codes of their own
+Parameters = Literal["float", "quantized"]
+#: kinds of operators with such parameters
+PARAMETRIC = frozenset({"layer_norm", "prelu"})
 _STRICTNESS: tuple[OutputRule, ...] = get_args(OutputRule)
 
 
@@ -87,6 +91,7 @@ class OperatorRule:
         symmetric: What must have zero point 0 where its type is signed.
         multiplier_below: Every requantization multiplier (scales of the operands over that of the result) must be below
             this; None for no limit. It is known after calibration only, so that exporting checks it.
+        parameters: Of `PARAMETRIC` kinds. `quantized`: slopes and factors are 8-bit codes, offsets int32 codes.
         instead: What to write instead of an operator that has no legal dtypes.
     """
 
@@ -99,6 +104,7 @@ class OperatorRule:
     modes: frozenset[str] | None = None
     symmetric: frozenset[Symmetric] = frozenset()
     multiplier_below: float | None = None
+    parameters: Parameters = "float"
     instead: str = ""
 
     def fault(self, use: Use) -> str | None:
@@ -160,6 +166,7 @@ class OperatorRule:
             multiplier_below=min(
                 (m for m in (self.multiplier_below, other.multiplier_below) if m is not None), default=None
             ),
+            parameters=max(self.parameters, other.parameters, key=get_args(Parameters).index),
             instead=self.instead or other.instead,
         )
 

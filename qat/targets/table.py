@@ -108,6 +108,7 @@ def _rule_json(rule: OperatorRule) -> dict[str, Any]:
         "modes": None if rule.modes is None else sorted(rule.modes),
         "symmetric": sorted(rule.symmetric),
         "multiplier_below": rule.multiplier_below,
+        "parameters": rule.parameters,
         "instead": rule.instead,
     }
 
@@ -132,6 +133,7 @@ def _conditions(rule: OperatorRule) -> tuple[str, str]:
     notes += [f"mode {'/'.join(sorted(rule.modes))}"] if rule.modes is not None else []
     notes += [f"symmetric {' and '.join(sorted(rule.symmetric))}"] if rule.symmetric else []
     notes += [f"multiplier < {rule.multiplier_below:g}"] if rule.multiplier_below is not None else []
+    notes += ["quantized parameters"] if rule.parameters == "quantized" else []
     notes += [f"instead: {rule.instead}"] if rule.instead else []
     return ", ".join(sorted(rule.granularity)) if weighted else "", ", ".join(notes)
 

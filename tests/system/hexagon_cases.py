@@ -106,6 +106,9 @@ CASES: dict[str, Make] = {
     "hardsigmoid": function(F.hardsigmoid),
     "hardswish": function(F.hardswish),
     "silu": function(F.silu),
+    # what the compiler fuses
+    "conv_silu": layer(lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.SiLU())),
+    "conv_silu_depthwise": layer(lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), nn.SiLU())),
     "gelu": function(F.gelu),
     "leaky_relu": function(lambda x: F.leaky_relu(x, 0.1)),
     "elu": function(F.elu),

@@ -231,11 +231,15 @@ class Context:
         return self._floats[name]
 
     def float_constant(self, name: str, shape: Sequence[int]) -> str:
-        """A constant in another shape, as ONNX wants it for PRelu slopes and the like."""
+        """A constant in another shape, as ONNX wants it for PRelu slopes and the like; dequantized from its codes."""
         constant = self.program.constants[name]
-        values = constant.value if constant.encoding is None else constant.encoding.dequantize(constant.value)
-        array = values.detach().to(torch.float32).numpy().reshape(tuple(shape))
-        return self.constant(array, name if name not in self._used else f"{name}/reshaped")
+        unique = name if name not in self._used else f"{name}/reshaped"
+        if constant.encoding is None:
+            return self.constant(constant.value.detach().to(torch.float32).numpy().reshape(tuple(shape)), unique)
+        unique = self.fresh(unique)
+        array = constant.value.detach().cpu().numpy().reshape(tuple(shape))
+        codes = self.add_initializer(integer_tensor(self.fresh(f"{unique}/codes"), array, constant.encoding.dtype))
+        return self._dequantize(codes, constant.encoding, unique, unique, tuple(shape))
 
     def codes(self, name: str) -> str:
         """The codes of a quantized tensor."""

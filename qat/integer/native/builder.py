@@ -85,6 +85,11 @@ class Builder:
         """The value of a constant of the program, on the CPU."""
         return self._constant_values[name].detach().cpu()
 
+    def floats(self, name: str) -> Tensor:
+        """The value of a constant of the program as floats, on the CPU."""
+        encoding = self.program.constants[name].encoding
+        return self.constant(name).float() if encoding is None else encoding.dequantize(self.constant(name))
+
     def value(self, name: str) -> Value:
         """Where a tensor or constant of codes is; constants in their logical order."""
         if name not in self.values:

@@ -114,7 +114,7 @@ def _common_order(b: Builder, name: str, shape: tuple[int, ...], operands: list[
 def prelu(b: Builder, step: Step) -> None:
     """Write a `prelu`; several slopes run along dimension 1."""
     x = b.value(step.op.inputs[0])
-    slope = b.constant(step.op.inputs[1]).float().flatten()
+    slope = b.floats(step.op.inputs[1]).flatten()
     y = b.define(step.output, x.order, own_grid(b, step))
     axis = x.axis(1) if slope.numel() > 1 else 0
     b.emit(Kind.PRELU, step.op.name, (x.tensor, b.array(f"{step.op.name}:slope", slope)), y, (axis,))
@@ -135,7 +135,7 @@ def layer_norm(b: Builder, step: Step) -> None:
     last = logical(len(x.shape))[-count:]
     x = b.ordered(x, (*(d for d in x.order if d not in last), *last))
     parameters = [
-        b.array(f"{op.name}:{label}", b.constant(name).float()) if name else ""
+        b.array(f"{op.name}:{label}", b.floats(name)) if name else ""
         for label, name in zip(("weight", "bias"), op.inputs[1:], strict=True)
     ]
     y = b.define(step.output, x.order, own_grid(b, step))

@@ -221,7 +221,8 @@ def _table(work: Rewriting, op: Op) -> None:
 
 def _prelu(work: Rewriting, op: Op) -> None:
     """LeakyRelu where there is one slope; else PRelu, whose slopes are int8."""
-    slopes = work.program.constants[op.inputs[1]]
+    given = work.program.constants[op.inputs[1]]
+    slopes = replace(given, value=given.floats(), encoding=None)
     if slopes.value.numel() == 1:
         params = {"negative_slope": float(slopes.value)}
         work.operator(Op("table", op.name, op.inputs[:1], op.outputs, {"function": "leaky_relu", "params": params}))

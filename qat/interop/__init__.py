@@ -1,0 +1,1 @@
+"""Foreign tables of encodings and configurations: one file a system."""
