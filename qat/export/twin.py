@@ -8,7 +8,7 @@ import onnx
 
 from qat.encoding import Encodings
 from qat.export.onnx import program_to_onnx
-from qat.integer.program import FLOAT_SUFFIX, SATURATES, Constant, Op, Program, TensorInfo
+from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program, TensorInfo
 
 #: operators between codes and floats, or between codes: nothing to a float
 _CONVERSIONS = frozenset({"quantize", "dequantize", "requantize"})
@@ -96,13 +96,13 @@ def float_program(program: Program) -> Program:
                 alias[op.outputs[0]] = name_of(op.inputs[0])
             continue
         inputs, outputs = tuple(map(name_of, op.inputs)), tuple(map(name_of, op.outputs))
-        if SATURATES not in op.attrs:
+        if op.saturates is None:
             ops.append(replace(op, inputs=inputs, outputs=outputs))
             continue
         whole = f"{outputs[0]}:unclamped"
         clamped[whole] = outputs[0]
         ops.append(replace(op, inputs=inputs, outputs=(whole,)))
-        ops.append(Op("clamp", outputs[0], (whole,), outputs, op.attrs[SATURATES]))
+        ops.append(Op("clamp", outputs[0], (whole,), outputs, op.saturates))
     tensors = {
         name_of(name): TensorInfo(name_of(name), info.shape, None, info.dtype)
         for name, info in program.tensors.items()

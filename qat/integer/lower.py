@@ -17,7 +17,7 @@ from qat.graph.plan import PlanEntry
 from qat.graph.prepared import PreparedModel, rescaled
 from qat.graph.structure import Structure
 from qat.graph.subgraph import constant_value, cut, node_values
-from qat.integer.program import FLOAT_SUFFIX, SATURATES, Constant, Op, Program, TensorInfo
+from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program, TensorInfo
 from qat.integer.shapes import step_shape
 from qat.integer.weights import (
     Affine,
@@ -203,8 +203,7 @@ class _Lowering:
         self._tensor(result, op.name, encoding if result == end else encoding.derived(f"clamped into {end}"))
         self._compute(op, fusion, result, encoding)
         if fusion.clamp is not None and bounds is None:
-            # the codes end where the clamp does; who goes back to floats has to know
-            self.ops[-1] = replace(self.ops[-1], attrs={**self.ops[-1].attrs, SATURATES: dict(fusion.clamp.attrs)})
+            self.ops[-1] = replace(self.ops[-1], saturates=dict(fusion.clamp.attrs))
         if bounds is not None:
             self._tensor(end, end, encoding)
             assert fusion.clamp is not None

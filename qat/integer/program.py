@@ -17,8 +17,6 @@ from qat.encoding import Encoding
 
 #: suffix of the float twin of a quantized tensor
 FLOAT_SUFFIX = ":float"
-#: attribute of an operator that was fused with a clamp which its codes do by themselves: `low` and `high` of that
-SATURATES = "saturates"
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,8 @@ class Op:
         attrs: Attributes of the kind.
         call: For kind `island`: the float function of the input tensors; returns a tensor or a tuple of tensors.
         macs: Multiply-accumulates for one sample.
+        saturates: `low` and `high` of a clamp that was fused with the operator and that its codes do by themselves, for
+            who goes back to floats; None where there was none.
     """
 
     kind: str
@@ -84,6 +84,7 @@ class Op:
     attrs: Mapping[str, Any] = field(default_factory=dict)
     call: Callable[..., Any] | None = None
     macs: int = 0
+    saturates: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

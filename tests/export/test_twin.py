@@ -189,3 +189,14 @@ def test_float_islands_and_slopes(tmp_path: Path) -> None:
     assert "act.weight" in twin.parameters
     with torch.no_grad():
         assert np.abs(run(twin.model, X[:1])[0] - imodel(X[:1]).numpy()).max() < 0.1
+
+
+@pytest.mark.parametrize("sizes", [(3, 20), (3, 8, 8), (3, 4, 5, 6)])
+def test_clamps_of_every_rank_run_everywhere(sizes: tuple[int, ...]) -> None:
+    make = {2: nn.Conv1d, 3: nn.Conv2d, 4: nn.Conv3d}[len(sizes)]
+    x = torch.randn(4, *sizes, generator=torch.Generator().manual_seed(0))
+    _, imodel = integer(nn.Sequential(make(3, 4, 1), nn.ReLU()), x, "arm-cpu")
+    assert [op.saturates for op in imodel.program.ops if op.kind == "conv"] == [{"low": 0.0, "high": None}]
+    with torch.no_grad():
+        assert torch.equal(imodel(x), imodel.run((x,))[imodel.program.outputs[0]])
+    assert run(float_twin(imodel.program).model, x[:1])[0].min() == 0
