@@ -54,6 +54,7 @@ class Executor:
         role: `proof` is compared and counts; `record` is compared and written down, for runtimes that round otherwise;
             `inspection` executes nothing: `run` gets no samples, gives no outputs, and raises where what it looks at
             does not hold.
+        optional: A package is verified without it; where it is here, it has to hold.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Executor:
     bound: float = 0.0
     samples: int = 0
     role: Literal["proof", "record", "inspection"] = "proof"
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class Check:
         samples: Number of samples executed.
         bound: What was allowed.
         notes: What else is to be known; the cause where it failed or did not run.
+        optional: A package is verified without it.
     """
 
     artifact: str
@@ -109,6 +112,7 @@ class Check:
     samples: int = 0
     bound: float = 0.0
     notes: tuple[str, ...] = ()
+    optional: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object."""
@@ -121,4 +125,5 @@ class Check:
             "samples": self.samples,
             "bound": self.bound,
             "notes": list(self.notes),
+            "optional": self.optional,
         }

@@ -222,4 +222,5 @@ AIMET = Executor(
     missing=_no_aimet,
     run=_run_aimet,
     bound=AIMET_BOUND,
+    optional=True,
 )

@@ -85,14 +85,19 @@ class Manifest:
 
 
 def standing(artifacts: tuple[Artifact, ...], checks: tuple[Check, ...]) -> Standing:
-    """Return what checks come to: an artifact counts as executed when one runtime passed and none failed."""
+    """Return what checks come to.
+
+    An artifact counts as executed when one runtime passed and none failed, or when all that execute it are optional.
+    """
     if any(check.status == "failed" for check in checks):
         return "failed"
     passed = {check.artifact for check in checks if check.status == "passed"}
     if not passed:
         return "unverified"
-    whole = passed == {a.path for a in artifacts} and not any(check.status == "not run" for check in checks)
-    return "verified" if whole else "partly verified"
+    needed = {check.artifact for check in checks if not check.optional}
+    spared = {check.artifact for check in checks if check.optional} - needed
+    absent = any(check.status == "not run" and not check.optional for check in checks)
+    return "partly verified" if absent or {a.path for a in artifacts} - passed - spared else "verified"
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -87,26 +87,26 @@ def execute(
 
 
 def _check(folder: Path, artifact: Artifact, golden: int, executor: Executor) -> Check:
+    blank = Check(artifact.path, executor.name, "", "not run", optional=executor.optional)
     missing = executor.missing()
     if missing is not None:
-        return Check(artifact.path, executor.name, "", "not run", notes=(f"{missing.what} is missing", missing.mend))
+        return replace(blank, notes=(f"{missing.what} is missing", missing.mend))
     inspects = executor.role == "inspection"
     count = 0 if inspects else min(golden, executor.samples) if executor.samples else golden
     inputs, expected = read_golden(folder, artifact, count)
-    runtime = executor.runtime()
-    # codes of 8 bits, so that a bound means the same share of the range at every width
-    bound = executor.bound
+    begun = replace(blank, runtime=executor.runtime(), samples=count, bound=executor.bound)
     try:
         found, notes = executor.run(folder / artifact.path, artifact, inputs)
         apart = () if inspects else differences(artifact.outputs, found, expected)
     except QatError as error:
-        return Check(artifact.path, executor.name, runtime, "failed", (), count, bound, (str(error),))
+        return replace(begun, status="failed", notes=(str(error),))
+    # bounds are of codes of 8 bits, so that one means the same share of the range at every width
     within = all(
-        output.max_difference <= bound * fineness(contract)
+        output.max_difference <= executor.bound * fineness(contract)
         for output, contract in zip(apart, artifact.outputs, strict=not inspects)
     )
     status: Status = "recorded" if executor.role != "proof" else "passed" if within else "failed"
-    return Check(artifact.path, executor.name, runtime, status, apart, count, bound, tuple(notes))
+    return replace(begun, status=status, outputs=apart, notes=tuple(notes))
 
 
 def verify_package(folder: str | Path, *, say: Callable[[Check], None] | None = None) -> PackageVerification:

@@ -298,6 +298,12 @@ def test_standing() -> None:
     assert standing(a, (*passed, Check("x", "f", "", "not run"))) == "partly verified"
     assert standing(a, (*passed, Check("x", "f", "r", "failed"))) == "failed"
     assert standing(a, (Check("x", "e", "r", "recorded"),)) == "unverified"
+    # what is optional may be missing, but not fail
+    extra = Check("y", "f", "", "not run", optional=True)
+    assert standing(a, (passed[0], extra)) == "verified"
+    assert standing(a, (*passed, extra)) == "verified"
+    assert standing(a, (passed[0], replace(extra, status="failed"))) == "failed"
+    assert standing(a, (extra,)) == "unverified"
 
 
 def test_what_cannot_be_packaged(qmodel: qat.PreparedModel, tmp_path: Path) -> None:
