@@ -77,10 +77,12 @@ class OscillationTracker(Hook):
     before. The frequency is `f = m o + (1 - m) f`, o being 1 where it does so in this step; the average of the codes is
     `a = m c + (1 - m) a`.
 
-    *Freezing* (algorithm 1): a weight whose frequency is above the threshold keeps the code round(a) from then on. The
-    float weight is set to that code's value after every step, on the grid as it is then, so the code stays whatever the
-    optimizer, its momentum, the scale and the batch norm do. Where the scale follows the weight itself, weights at the
-    ends of the grid are never frozen, since they make the grid.
+    *Freezing* (algorithm 1): a weight whose frequency is above the threshold keeps from then on that of the two codes
+    between which it oscillates that is nearer to a. (The authors take round(a). In a short training the average still
+    remembers where a weight came from, and that code would throw it back.) The float weight is set to the code's value
+    after every step, on the grid as it is then, so the code stays whatever the optimizer, its momentum, the scale and
+    the batch norm do. Where the scale follows the weight itself, weights at the ends of the grid are never frozen,
+    since they make the grid.
 
     *Dampening*: `loss` is `dampen` times the sum of squared differences between weights and the values of
     their codes, without those that are clipped. Its gradient goes to the weights only.
@@ -227,7 +229,10 @@ class OscillationTracker(Hook):
         restless = (state["frequency"] > threshold) & ~state["frozen"]
         if own_grid:
             restless &= (codes > quantizer.qmin) & (codes < quantizer.qmax)
-        held = torch.where(restless, torch.round(state["average"]), state["held"].to(codes.dtype))
+        # the average lags behind a weight that has come far: it decides between the two codes of the oscillation
+        before = codes - state["direction"].to(codes.dtype)
+        settled = torch.round(state["average"]).clamp(torch.minimum(codes, before), torch.maximum(codes, before))
+        held = torch.where(restless, settled, state["held"].to(codes.dtype))
         state["held"].copy_(held)
         state["frozen"] |= restless
         state["codes"].copy_(torch.where(state["frozen"], held, codes))
