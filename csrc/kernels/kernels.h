@@ -81,6 +81,12 @@ struct NormKernels {
   void (*gradient_each)(const float* g, const float* x, float* dx, int64_t n, const float* factor, const float* slope,
                         const float* center, const float* offset);
   void (*add_run)(const float* x, const float* other, float* y, int64_t n);
+  // Of steps that quantize: dx[i] = g[i] where norm_run sets the bit, else 0; ds[i] and dz[i] (may be null) what the element
+  // adds to the gradients of scale and zero point. dx may be g.
+  void (*learned_run)(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n, float factor,
+                      float shift, const NormSteps& steps);
+  void (*learned_each)(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n, const float* factor,
+                       const float* shift, const NormSteps& steps);
 };
 
 struct Kernels {

@@ -254,20 +254,34 @@ void weight_run(const T* x, T* y, uint8_t* bits, int64_t n, float factor, float 
 
 // ---- learned grids
 
+template <class V>
+struct LearnedTerms {
+  typename V::Float dx, ds, dz;
+};
+
 // Inside the range y = (round(x / s)) s: 1 for x, round(x / s) - x / s for s, nothing for z. Outside y = (bound - z) s:
 // nothing for x, bound - z for s, -s for z. A nan has the code of zero whatever the grid: nothing at all.
-template <class V, class T>
-inline void learned_vector(const T* grad, const T* x, T* dx, float* ds, float* dz, typename V::Float scale,
-                           typename V::Float zero_point, typename V::Float low, typename V::Float high) {
-  const auto g = V::load(grad), quotient = V::div(V::load(x), scale), steps = V::round(quotient);
+template <class V>
+inline LearnedTerms<V> learned_terms(typename V::Float g, typename V::Float x, typename V::Float scale,
+                                     typename V::Float zero_point, typename V::Float low, typename V::Float high) {
+  const auto quotient = V::div(x, scale), steps = V::round(quotient);
   const auto number = V::ordered(steps);
   const auto code = V::add(V::keep(number, steps), zero_point), clamped = V::min(V::max(code, low), high);
   const auto inside = V::both(number, V::equal(code, clamped));
   const auto reached = V::sub(clamped, zero_point);
   const auto none = V::set(0.0f);
-  V::store(dx, V::keep(inside, g));
-  V::store(ds, V::keep(number, V::mul(g, V::select(inside, V::sub(reached, quotient), reached))));
-  V::store(dz, V::keep(number, V::select(inside, none, V::mul(g, V::sub(none, scale)))));
+  return {V::keep(inside, g),
+          V::keep(number, V::mul(g, V::select(inside, V::sub(reached, quotient), reached))),
+          V::keep(number, V::select(inside, none, V::mul(g, V::sub(none, scale))))};
+}
+
+template <class V, class T>
+inline void learned_vector(const T* grad, const T* x, T* dx, float* ds, float* dz, typename V::Float scale,
+                           typename V::Float zero_point, typename V::Float low, typename V::Float high) {
+  const LearnedTerms<V> terms = learned_terms<V>(V::load(grad), V::load(x), scale, zero_point, low, high);
+  V::store(dx, terms.dx);
+  V::store(ds, terms.ds);
+  V::store(dz, terms.dz);
 }
 
 template <class V, class T, class Grid>
