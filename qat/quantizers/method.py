@@ -103,6 +103,11 @@ class Method:
         factor = self.gradient_factor(x, scale.numel())
         return fake_quantize_learned(x, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor)
 
+    @property
+    def learns_grid(self) -> bool:
+        """Whether `fake_quantize` is no other than here: the grid, and the gradients of `fake_quantize_learned`."""
+        return bool(self.names) and type(self).fake_quantize is Method.fake_quantize
+
     def gradient_factor(self, x: Tensor, count: int) -> float:  # noqa: ARG002
         """Return what the gradients of scale and zero point are multiplied with; `count` is their number."""
         return 1.0
