@@ -1,6 +1,7 @@
 // From the sums for a learned grid to the gradients of scale and zero point.
 #pragma once
 
+#include "device.cuh"
 #include "terms.h"
 
 namespace qat::cuda {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "affine.h"
+#include "device.cuh"
 #include "launch.h"
 
 namespace qat::cuda {

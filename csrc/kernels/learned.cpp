@@ -1,5 +1,7 @@
 #include "learned.h"
 
+#include <type_traits>
+
 #include "blocks.h"
 
 namespace qat {
@@ -93,25 +95,37 @@ void learned_weight_gradient(const Kernels& kernels, ParallelFor parallel, const
   const TypedKernels<T>& k = typed<T>(kernels);
   const BlockGrids grids(layout, scale, zero_point);
   const Spread factors(factor.layout, factor.values);
+  // y = fake_quantize(w f) / f: where all of a grid's elements have one factor, their sum is divided by it
+  const Layout& by = factor.layout;
+  const bool of_channel = by.outer == layout.outer && by.channels == layout.channels && by.inner == layout.inner;
   float ones[block];
   std::fill_n(ones, block, 1.0f);
   sum_parts(kernels, parallel, layout, sums, [&](int64_t begin, int64_t end, float* ds, float* dz) {
     const int64_t n = end - begin;
-    float folded[block], spread[block], gradient[block];
+    float folded[block], spread[block], buffer[block];
     const float* const f = factors.of(begin, end, spread);
     k.multiply_each(w + begin, f, folded, n);
-    k.multiply_each(grad + begin, ones, gradient, n);
+    const float* from;
+    float* to;
+    if constexpr (std::is_same_v<T, float>) {
+      from = grad + begin;
+      to = dw + begin;
+    } else {
+      k.multiply_each(grad + begin, ones, buffer, n);
+      from = to = buffer;
+    }
     grids.with(
-        begin, end,
-        [&](float s, float z) { kernels.f32.learned_run(gradient, folded, gradient, ds, dz, n, s, z, range); },
-        [&](const float* s, const float* z) {
-          kernels.f32.learned_each(gradient, folded, gradient, ds, dz, n, s, z, range);
-        });
-    k.divide_each(gradient, ones, dw + begin, n);
-    // y = fake_quantize(w f) / f
+        begin, end, [&](float s, float z) { kernels.f32.learned_run(from, folded, to, ds, dz, n, s, z, range); },
+        [&](const float* s, const float* z) { kernels.f32.learned_each(from, folded, to, ds, dz, n, s, z, range); });
+    if constexpr (!std::is_same_v<T, float>) k.divide_each(buffer, ones, dw + begin, n);
+    if (of_channel) return;
     kernels.f32.divide_each(ds, f, ds, n);
     if (sums.zero_point != nullptr) kernels.f32.divide_each(dz, f, dz, n);
   });
+  for (int64_t c = 0; of_channel && c < layout.channels; ++c) {
+    sums.scale[c] /= static_cast<double>(factor.values[c]);
+    if (sums.zero_point != nullptr) sums.zero_point[c] /= static_cast<double>(factor.values[c]);
+  }
 }
 
 #define QAT_INSTANTIATE(T)                                                                                          \
