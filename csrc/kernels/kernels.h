@@ -51,6 +51,9 @@ struct TypedKernels {
                       Range range);
   void (*learned_each)(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, const float* scale,
                        const float* zero_point, Range range);
+  // Gradients of weight_run: dw[i] that of the weight; ds[i] and dz[i] (may be null) as above, times the factor.
+  void (*weight_learned_run)(const T* grad, const T* w, T* dw, float* ds, float* dz, int64_t n, float factor,
+                             float scale, float zero_point, Range range);
 };
 
 // Steps of a pass of norm.h: clamp to [low, high], then fake-quantize if `quantize`.

@@ -1,7 +1,5 @@
 #include "learned.h"
 
-#include <type_traits>
-
 #include "blocks.h"
 
 namespace qat {
@@ -69,6 +67,36 @@ void sum_parts(const Kernels& kernels, ParallelFor parallel, const Layout& layou
   }
 }
 
+// Weights whose channels are rows of memory, with a factor each: y = fake_quantize(w f) / f, so the sums of a row are divided
+// by its factor.
+template <class T>
+void learned_rows(const Kernels& kernels, ParallelFor parallel, const T* grad, const T* w, T* dw, const Layout& layout,
+                  const float* factor, const float* scale, const float* zero_point, Range range,
+                  const GridGradient& sums) {
+  const TypedKernels<T>& k = typed<T>(kernels);
+  auto one = [&](int64_t row) {
+    float ds[block], buffer[block];
+    float* const dz = sums.zero_point != nullptr ? buffer : nullptr;
+    const double f = static_cast<double>(factor[row]);
+    double of_scale = 0.0, of_zero_point = 0.0;
+    const int64_t last = (row + 1) * layout.inner;
+    for (int64_t begin = row * layout.inner; begin < last; begin += block) {
+      const int64_t n = std::min(block, last - begin);
+      k.weight_learned_run(grad + begin, w + begin, dw + begin, ds, dz, n, factor[row], scale[row], zero_point[row],
+                           range);
+      of_scale += kernels.sum_run(ds, n);
+      if (dz != nullptr) of_zero_point += kernels.sum_run(dz, n);
+    }
+    sums.scale[row] = of_scale / f;
+    if (dz != nullptr) sums.zero_point[row] = of_zero_point / f;
+  };
+  using One = decltype(one);
+  const auto task = [](int64_t first, int64_t last, void* context) {
+    for (int64_t row = first; row < last; ++row) (*static_cast<One*>(context))(row);
+  };
+  parallel(0, layout.channels, std::max<int64_t>(1, grain * block / layout.inner), task, &one);
+}
+
 }  // namespace
 
 template <class T>
@@ -92,40 +120,33 @@ template <class T>
 void learned_weight_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, const T* w, T* dw,
                              Layout layout, const Factor& factor, const float* scale, const float* zero_point,
                              Range range, const GridGradient& sums) {
-  const TypedKernels<T>& k = typed<T>(kernels);
-  const BlockGrids grids(layout, scale, zero_point);
-  const Spread factors(factor.layout, factor.values);
-  // y = fake_quantize(w f) / f: where all of a grid's elements have one factor, their sum is divided by it
   const Layout& by = factor.layout;
   const bool of_channel = by.outer == layout.outer && by.channels == layout.channels && by.inner == layout.inner;
+  if (of_channel && layout.outer == 1) {
+    learned_rows(kernels, parallel, grad, w, dw, layout, factor.values, scale, zero_point, range, sums);
+    return;
+  }
+  const TypedKernels<T>& k = typed<T>(kernels);
+  const BlockGrids grids(layout, scale, zero_point);
+  const Spread factors(by, factor.values);
   float ones[block];
   std::fill_n(ones, block, 1.0f);
   sum_parts(kernels, parallel, layout, sums, [&](int64_t begin, int64_t end, float* ds, float* dz) {
     const int64_t n = end - begin;
-    float folded[block], spread[block], buffer[block];
+    float folded[block], spread[block], gradient[block];
     const float* const f = factors.of(begin, end, spread);
     k.multiply_each(w + begin, f, folded, n);
-    const float* from;
-    float* to;
-    if constexpr (std::is_same_v<T, float>) {
-      from = grad + begin;
-      to = dw + begin;
-    } else {
-      k.multiply_each(grad + begin, ones, buffer, n);
-      from = to = buffer;
-    }
+    k.multiply_each(grad + begin, ones, gradient, n);
     grids.with(
-        begin, end, [&](float s, float z) { kernels.f32.learned_run(from, folded, to, ds, dz, n, s, z, range); },
-        [&](const float* s, const float* z) { kernels.f32.learned_each(from, folded, to, ds, dz, n, s, z, range); });
-    if constexpr (!std::is_same_v<T, float>) k.divide_each(buffer, ones, dw + begin, n);
-    if (of_channel) return;
+        begin, end,
+        [&](float s, float z) { kernels.f32.learned_run(gradient, folded, gradient, ds, dz, n, s, z, range); },
+        [&](const float* s, const float* z) {
+          kernels.f32.learned_each(gradient, folded, gradient, ds, dz, n, s, z, range);
+        });
+    k.divide_each(gradient, ones, dw + begin, n);
     kernels.f32.divide_each(ds, f, ds, n);
     if (sums.zero_point != nullptr) kernels.f32.divide_each(dz, f, dz, n);
   });
-  for (int64_t c = 0; of_channel && c < layout.channels; ++c) {
-    sums.scale[c] /= static_cast<double>(factor.values[c]);
-    if (sums.zero_point != nullptr) sums.zero_point[c] /= static_cast<double>(factor.values[c]);
-  }
 }
 
 #define QAT_INSTANTIATE(T)                                                                                          \

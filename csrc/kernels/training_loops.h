@@ -284,6 +284,38 @@ inline void learned_vector(const T* grad, const T* x, T* dx, float* ds, float* d
   V::store(dz, terms.dz);
 }
 
+// The gradients of weight_run.
+template <class V, class T>
+void weight_learned_run(const T* grad, const T* w, T* dw, float* ds, float* dz, int64_t n, float factor, float scale,
+                        float zero_point, Range range) {
+  const auto f = V::set(factor), s = V::set(scale), z = V::set(zero_point);
+  const auto low = V::set(range.low), high = V::set(range.high);
+  const auto compute = [&](typename V::Float g, typename V::Float x) {
+    return learned_terms<V>(g, V::mul(x, f), s, z, low, high);
+  };
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    const LearnedTerms<V> terms = compute(V::load(grad + i), V::load(w + i));
+    V::store(dw + i, terms.dx);
+    V::store(ds + i, terms.ds);
+    if (dz != nullptr) V::store(dz + i, terms.dz);
+  }
+  if (i == n) return;
+  const int64_t rest = n - i;
+  T grads[V::width], values[V::width];
+  float buffer[V::width];
+  copy_in<V>(grads, grad + i, rest);
+  copy_in<V>(values, w + i, rest);
+  const LearnedTerms<V> terms = compute(V::load(grads), V::load(values));
+  V::store(grads, terms.dx);
+  std::memcpy(dw + i, grads, static_cast<size_t>(rest) * sizeof(T));
+  V::store(buffer, terms.ds);
+  std::memcpy(ds + i, buffer, static_cast<size_t>(rest) * sizeof(float));
+  if (dz == nullptr) return;
+  V::store(buffer, terms.dz);
+  std::memcpy(dz + i, buffer, static_cast<size_t>(rest) * sizeof(float));
+}
+
 template <class V, class T, class Grid>
 inline void learned_loop(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, const Grid& grid,
                          Range range) {
@@ -340,7 +372,7 @@ template <class V, class T>
 constexpr TypedKernels<T> typed_kernels() {
   return {&quantize_run<V, T>,  &quantize_each<V, T>, &mask_run<V, T>,    &extrema_run<V, T>, &extrema_each<V, T>,
           &bins_run<V, T>,      &multiply_each<V, T>, &divide_each<V, T>, &weight_run<V, T>,  &learned_run<V, T>,
-          &learned_each<V, T>};
+          &learned_each<V, T>,  &weight_learned_run<V, T>};
 }
 
 inline double clip_error(const double* points, const double* jumps, int64_t n, double scale, double low, double high) {
