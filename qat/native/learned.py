@@ -57,8 +57,9 @@ def fake_quantize_weight_learned(
 ) -> Tensor:
     """Return `fake_quantize_learned(weight * f, ...) / f` with the factor f of a batch norm, bit for bit as in PyTorch.
 
-    f is a constant to the gradient. That of the weight passes unchanged where the code was not clamped. The backward pass
-    reads the weight again; the gradients of the grid are summed in float64, in an order that only the shape decides.
+    f is a constant to the gradient. That of the weight passes unchanged where the code was not clamped. The backward
+    pass reads the weight again; the gradients of the grid are summed in float64, in an order that only the shape
+    decides.
 
     Args:
         weight: Any shape.

@@ -136,7 +136,7 @@ def _is_hooked(*parts: Activation) -> bool:
 
 
 def _is_simple(quantizer: FakeQuantize, device: torch.device) -> bool:
-    """Tell whether a quantizer does nothing but track or learn, and quantize, one tensor, on one grid, on this device."""
+    """Tell whether a quantizer does nothing but track or learn one grid on this device, and quantize one tensor."""
     return (
         quantizer.quantizing
         and (quantizer.is_plain or quantizer.is_plainly_learned)

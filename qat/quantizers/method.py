@@ -150,8 +150,8 @@ class Static(Method):
 def at_least(value: Tensor, floor: Tensor | float) -> Tensor:
     """Return the larger of both; its gradient is that of `value`, but where that is below and would go on falling."""
     limit = floor if isinstance(floor, Tensor) else torch.full_like(value, floor)
-    # nearly always nothing is below, and then there is no need of a node of the graph; on a GPU the question would wait.
-    # What is not to be trained with may be kept: never the parameter itself
+    # mostly nothing is below, and then the graph needs no node; on a GPU the question would wait. Without gradients the
+    # result may be kept, so it is never the parameter itself
     can_ask = value.device.type == "cpu" and not torch.compiler.is_compiling()
     if can_ask and torch.is_grad_enabled() and value.requires_grad and not bool((value < limit).any()):
         return value

@@ -347,21 +347,21 @@ def test_learned_weights(
 # ---- fused passes
 
 
-@pytest.mark.parametrize("batch", [False, True])
 @pytest.mark.parametrize("bounds", BOUNDS)
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES[:5])
 def test_batch_norm_on_a_learned_grid(
-    machine: Machine, shape: Sequence[int], form: torch.memory_format, bounds: Bounds, batch: bool
+    machine: Machine, shape: Sequence[int], form: torch.memory_format, bounds: Bounds
 ) -> None:
     x, grad = formed(exact(shape, 0), form), exact(shape, 1)
     gamma, beta, mean, var = (exact((shape[1],), k) for k in range(2, 6))
-    for number, codes in enumerate([(0, 15), (-8, 7), (0, 255)]):
+    for number, (codes, batch) in enumerate([((0, 15), True), ((-8, 7), False)]):
         grid = (torch.tensor(0.25), torch.tensor(3.3), *codes)
         weights = (gamma, beta) if number % 2 else (None, None)
         _, bits, means, inverses = machine.check(
-            "norm_quantize_learned_forward", x, *weights, mean.clone(), var.abs() + 0.5, batch, 0.1, 1e-5, *bounds, *grid
-        )
+            "norm_quantize_learned_forward", x, *weights, mean.clone(), var.abs() + 0.5, batch, 0.1, 1e-5, *bounds,
+            *grid,
+        )  # fmt: skip
         back = (grad, x, bits, *weights, means, inverses, batch, *bounds, *grid, 0.25)
         for with_zero_point in (False, True):
             # the grid's sums are of any numbers
@@ -389,7 +389,7 @@ def test_learned_grids_behind_what_is_not_finite(machine: Machine, value: float)
 @pytest.mark.parametrize("shape", [(7, 11), (40_003,), (), (0, 3)])
 def test_additions_on_learned_grids(machine: Machine, shape: tuple[int, ...], bounds: Bounds) -> None:
     x, other, grad = (exact(shape, k) for k in (5, 6, 7))
-    for codes in [(0, 15), (-8, 7), (0, 255)]:
+    for codes in [(0, 15), (-8, 7)]:
         grid = (torch.tensor(0.25), torch.tensor([3.3]), *codes, 0.25)
         machine.check("add_quantize_learned_forward", x, other, *bounds, *grid)
         for with_zero_point in (False, True):

@@ -1,4 +1,4 @@
-"""Batch norm or an addition, activation and a learned grid in one operator, against the operators one after the other."""
+"""Batch norm or an addition, activation and a learned grid in one operator, against the single operators."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def leaves_of(norm: Norm, grid: LearnedGrid, *tensors: Tensor) -> tuple[list[Ten
     )
     assert scale is not None
     assert zero_point is not None
-    buffers = {name: None if (t := getattr(norm, name)) is None else t.clone() for name in ("running_mean", "running_var")}
-    norm = norm._replace(gamma=gamma, beta=beta, **buffers)
+    mean, var = (None if t is None else t.clone() for t in (norm.running_mean, norm.running_var))
+    norm = norm._replace(gamma=gamma, beta=beta, running_mean=mean, running_var=var)
     grid = grid._replace(scale=scale, zero_point=zero_point)
     return [*own, *(t for t in (gamma, beta) if t is not None), scale, zero_point], norm, grid
 
