@@ -67,8 +67,8 @@ void sum_parts(const Kernels& kernels, ParallelFor parallel, const Layout& layou
   }
 }
 
-// Weights whose channels are rows of memory, with a factor each: y = fake_quantize(w f) / f, so the sums of a row are divided
-// by its factor.
+// Weights whose channels are rows of memory, with a factor each: y = fake_quantize(w f) / f, so the sums of a row are
+// divided by its factor.
 template <class T>
 void learned_rows(const Kernels& kernels, ParallelFor parallel, const T* grad, const T* w, T* dw, const Layout& layout,
                   const float* factor, const float* scale, const float* zero_point, Range range,

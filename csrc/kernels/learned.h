@@ -16,8 +16,8 @@ template <class T>
 void learned_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, const T* x, T* dx, Layout layout,
                       const float* scale, const float* zero_point, Range range, const GridGradient& sums);
 
-// The gradients of `fake_quantize_weight` (ranges.h) on a learned grid, the factor being a constant: dw is grad where the code
-// was not clamped.
+// The gradients of `fake_quantize_weight` (ranges.h) on a learned grid, the factor being a constant: dw is grad where the
+// code was not clamped.
 template <class T>
 void learned_weight_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, const T* w, T* dw,
                              Layout layout, const Factor& factor, const float* scale, const float* zero_point,

@@ -1,4 +1,4 @@
-// The gradients of the passes of norm.h where the grid is learned (learned.h): what the activation made is computed again.
+// The gradients of the passes of norm.h where the grid is learned: what the activation made is computed again.
 #pragma once
 
 #include "norm.h"

@@ -91,8 +91,8 @@ void norm_each(const float* x, float* y, uint8_t* bits, int64_t n, const float* 
   steps.quantize ? norm_loop<V, true>(x, y, bits, n, affine, steps) : norm_loop<V, false>(x, y, bits, n, affine, steps);
 }
 
-// Gradients of `norm_loop` that quantizes: dx is g where its bit was set; ds and dz (may be null) are what the element adds
-// to those of the grid.
+// Gradients of `norm_loop` that quantizes: dx is g where its bit was set; ds and dz (may be null) are what the element
+// adds to those of the grid.
 template <class V, class Affine>
 inline void norm_learned_loop(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n,
                               const Affine& affine, const NormSteps& steps) {

@@ -85,8 +85,8 @@ inline GridSums total_of(const std::vector<GridSums>& parts) {
   return total;
 }
 
-// Sums by channel of a masked gradient, and of its products with x. make(begin, end, masked, grid) writes a block of it, and
-// adds to the sums of its part, of which the result is the total.
+// Sums by channel of a masked gradient, and of its products with x. make(begin, end, masked, grid) writes a block of it,
+// and adds to the sums of its part, of which the result is the total.
 template <class Make>
 GridSums sum_products(const Kernels& kernels, ParallelFor parallel, const float* x, const Layout& layout, double* sum,
                       double* product, const Make& make) {

@@ -69,6 +69,7 @@ struct OneGrid {
   typename V::Float s, z;
   typename V::Float scale(int64_t) const { return s; }
   typename V::Float zero_point(int64_t) const { return z; }
+  typename V::Float quantized(typename V::Float x) const { return x; }
   OneGrid last(int64_t, int64_t) const { return *this; }
 };
 
@@ -77,6 +78,7 @@ struct PaddedGrid {
   float s[V::width], z[V::width];
   typename V::Float scale(int64_t) const { return V::load(s); }
   typename V::Float zero_point(int64_t) const { return V::load(z); }
+  typename V::Float quantized(typename V::Float x) const { return x; }
 };
 
 template <class V>
@@ -84,6 +86,7 @@ struct EachGrid {
   const float *s, *z;
   typename V::Float scale(int64_t i) const { return V::load(s + i); }
   typename V::Float zero_point(int64_t i) const { return V::load(z + i); }
+  typename V::Float quantized(typename V::Float x) const { return x; }
   PaddedGrid<V> last(int64_t i, int64_t rest) const {
     PaddedGrid<V> grid;
     copy_in<V>(grid.s, s + i, rest);
@@ -275,54 +278,30 @@ inline LearnedTerms<V> learned_terms(typename V::Float g, typename V::Float x, t
           V::keep(number, V::select(inside, none, V::mul(g, V::sub(none, scale))))};
 }
 
-template <class V, class T>
-inline void learned_vector(const T* grad, const T* x, T* dx, float* ds, float* dz, typename V::Float scale,
-                           typename V::Float zero_point, typename V::Float low, typename V::Float high) {
-  const LearnedTerms<V> terms = learned_terms<V>(V::load(grad), V::load(x), scale, zero_point, low, high);
+// Of a weight, which is quantized times a factor.
+template <class V>
+struct WeightGrid : OneGrid<V> {
+  typename V::Float factor;
+  typename V::Float quantized(typename V::Float w) const { return V::mul(w, factor); }
+  WeightGrid last(int64_t, int64_t) const { return *this; }
+};
+
+template <class V, class T, class Grid>
+inline void learned_vector(const T* grad, const T* x, T* dx, float* ds, float* dz, const Grid& grid, int64_t i,
+                           Range range) {
+  const auto terms = learned_terms<V>(V::load(grad), grid.quantized(V::load(x)), grid.scale(i), grid.zero_point(i),
+                                      V::set(range.low), V::set(range.high));
   V::store(dx, terms.dx);
   V::store(ds, terms.ds);
-  V::store(dz, terms.dz);
-}
-
-// The gradients of weight_run.
-template <class V, class T>
-void weight_learned_run(const T* grad, const T* w, T* dw, float* ds, float* dz, int64_t n, float factor, float scale,
-                        float zero_point, Range range) {
-  const auto f = V::set(factor), s = V::set(scale), z = V::set(zero_point);
-  const auto low = V::set(range.low), high = V::set(range.high);
-  const auto compute = [&](typename V::Float g, typename V::Float x) {
-    return learned_terms<V>(g, V::mul(x, f), s, z, low, high);
-  };
-  int64_t i = 0;
-  for (; i + V::width <= n; i += V::width) {
-    const LearnedTerms<V> terms = compute(V::load(grad + i), V::load(w + i));
-    V::store(dw + i, terms.dx);
-    V::store(ds + i, terms.ds);
-    if (dz != nullptr) V::store(dz + i, terms.dz);
-  }
-  if (i == n) return;
-  const int64_t rest = n - i;
-  T grads[V::width], values[V::width];
-  float buffer[V::width];
-  copy_in<V>(grads, grad + i, rest);
-  copy_in<V>(values, w + i, rest);
-  const LearnedTerms<V> terms = compute(V::load(grads), V::load(values));
-  V::store(grads, terms.dx);
-  std::memcpy(dw + i, grads, static_cast<size_t>(rest) * sizeof(T));
-  V::store(buffer, terms.ds);
-  std::memcpy(ds + i, buffer, static_cast<size_t>(rest) * sizeof(float));
-  if (dz == nullptr) return;
-  V::store(buffer, terms.dz);
-  std::memcpy(dz + i, buffer, static_cast<size_t>(rest) * sizeof(float));
+  if (dz != nullptr) V::store(dz, terms.dz);
 }
 
 template <class V, class T, class Grid>
 inline void learned_loop(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, const Grid& grid,
                          Range range) {
-  const auto low = V::set(range.low), high = V::set(range.high);
   int64_t i = 0;
   for (; i + V::width <= n; i += V::width) {
-    learned_vector<V>(grad + i, x + i, dx + i, ds + i, dz + i, grid.scale(i), grid.zero_point(i), low, high);
+    learned_vector<V>(grad + i, x + i, dx + i, ds + i, dz == nullptr ? dz : dz + i, grid, i, range);
   }
   if (i == n) return;
   const int64_t rest = n - i;
@@ -330,11 +309,17 @@ inline void learned_loop(const T* grad, const T* x, T* dx, float* ds, float* dz,
   float scales[V::width], zeros[V::width];
   copy_in<V>(grads, grad + i, rest);
   copy_in<V>(values, x + i, rest);
-  const auto last = grid.last(i, rest);
-  learned_vector<V>(grads, values, grads, scales, zeros, last.scale(0), last.zero_point(0), low, high);
+  learned_vector<V>(grads, values, grads, scales, zeros, grid.last(i, rest), 0, range);
   std::memcpy(dx + i, grads, static_cast<size_t>(rest) * sizeof(T));
   std::memcpy(ds + i, scales, static_cast<size_t>(rest) * sizeof(float));
-  std::memcpy(dz + i, zeros, static_cast<size_t>(rest) * sizeof(float));
+  if (dz != nullptr) std::memcpy(dz + i, zeros, static_cast<size_t>(rest) * sizeof(float));
+}
+
+template <class V, class T>
+void weight_learned_run(const T* grad, const T* w, T* dw, float* ds, float* dz, int64_t n, float factor, float scale,
+                        float zero_point, Range range) {
+  const WeightGrid<V> grid{{V::set(scale), V::set(zero_point)}, V::set(factor)};
+  learned_loop<V>(grad, w, dw, ds, dz, n, grid, range);
 }
 
 template <class V, class T>

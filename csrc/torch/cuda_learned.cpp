@@ -97,8 +97,8 @@ std::tuple<Tensor, Tensor> fake_quantize_weight_learned_forward(Tensor weight, T
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_weight_learned_backward(
-    Tensor grad, Tensor weight, Tensor scale, Tensor zero_point, Tensor factor, int64_t qmin, int64_t qmax, int64_t axis,
-    int64_t channel_axis, int64_t groups, double grad_scale, bool with_zero_point) {
+    Tensor grad, Tensor weight, Tensor scale, Tensor zero_point, Tensor factor, int64_t qmin, int64_t qmax,
+    int64_t axis, int64_t channel_axis, int64_t groups, double grad_scale, bool with_zero_point) {
   const Device device(weight);
   check_values(weight, "weight", device.index);
   check_values(grad, "grad", device.index);
@@ -106,8 +106,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_weight_learned_backward(
         "grad has shape " + shape_of(grad) + " and weight " + shape_of(weight) +
             "; give a gradient of the shape and type of the weight");
   const LearnedGrid g = learned_grid(weight, scale, zero_point, qmin, qmax, axis, device.stream);
-  const Tensor values =
-      norm_values(factor, "factor", outputs_of(weight, channel_axis, groups), device.index);
+  const Tensor values = norm_values(factor, "factor", outputs_of(weight, channel_axis, groups), device.index);
   const Tensor dw = torch::stable::empty_like(weight);
   Tensor ds = new_cuda(weight, sizes_of(scale), ScalarType::Float),
          dz = new_zero_point_gradient(weight, zero_point, with_zero_point);

@@ -74,7 +74,7 @@ struct Saved {
   bool batch_statistics;
 };
 
-// What a backward pass through a batch norm works with, checked: everything on the device and in the order of memory of x.
+// What a backward pass through a batch norm works with, checked: on the device, and in the order of memory of x.
 struct NormBackward {
   NormBackward(const Device& device, const Tensor& grad, const Saved& saved, bool with_sums);
 

@@ -43,7 +43,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_quantize_learned_backwar
   const OptionalTensor bias = by_channel(beta, "beta", channels, device.index);
   const Tensor ds = new_cuda(x, sizes_of(scale), ScalarType::Float),
                dz = new_zero_point_gradient(x, zero_point, with_zero_point);
-  const Tensor shift = new_cuda(x, {channels}, ScalarType::Float), sums = new_cuda(x, {2, channels}, ScalarType::Double);
+  const Tensor shift = new_cuda(x, {channels}, ScalarType::Float),
+               sums = new_cuda(x, {2, channels}, ScalarType::Double);
   const qat::cuda::GridGradient of_grid{grad_scale, sums.mutable_data_ptr<double>(), ds.mutable_data_ptr<float>(),
                                         write_if(dz, with_zero_point)};
   check_launch(qat::cuda::norm_learned_backward(b.from.const_data_ptr<float>(), b.given.const_data_ptr<float>(),

@@ -82,8 +82,8 @@ std::tuple<Tensor, Tensor> fake_quantize_weight_learned_forward(Tensor weight, T
 }
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_weight_learned_backward(
-    Tensor grad, Tensor weight, Tensor scale, Tensor zero_point, Tensor factor, int64_t qmin, int64_t qmax, int64_t axis,
-    int64_t channel_axis, int64_t groups, double grad_scale, bool with_zero_point) {
+    Tensor grad, Tensor weight, Tensor scale, Tensor zero_point, Tensor factor, int64_t qmin, int64_t qmax,
+    int64_t axis, int64_t channel_axis, int64_t groups, double grad_scale, bool with_zero_point) {
   check_values(weight, "weight");
   check_values(grad, "grad");
   check(grad.scalar_type() == weight.scalar_type() && shape_of(grad) == shape_of(weight),

@@ -16,7 +16,9 @@ struct Quantizer {
   Quantizer(qat::CodeGrid given, qat::Range range) : quantizes(true), range(range), given_(given) {}
 
   void follow(float low, float high, int64_t rows) const;
-  qat::CodeGrid grid() const { return state_.scale == nullptr ? given_ : qat::CodeGrid{*state_.scale, *state_.zero_point}; }
+  qat::CodeGrid grid() const {
+    return state_.scale == nullptr ? given_ : qat::CodeGrid{*state_.scale, *state_.zero_point};
+  }
 
   bool quantizes, tracks = false;
   qat::Range range{0.0f, 1.0f};
@@ -61,7 +63,7 @@ struct Saved {
 using Sums =
     std::function<void(const float* grad, const float* x, const qat::Layout& layout, double* sum, double* product)>;
 
-// Gradients of x, gamma and beta; those of the parameters are empty where neither they nor the gradient of x need the sums.
+// Gradients of x, gamma and beta; the last two are empty where nobody needs the sums.
 std::tuple<Tensor, Tensor, Tensor> norm_backward(const Tensor& grad, const Saved& saved, bool with_parameters,
                                                  const Sums& sums);
 

@@ -59,8 +59,8 @@ inline std::vector<float> spread_over_groups(const Tensor& weight, const std::ve
   return out;
 }
 
-// Where the values of the output channels lie among the elements of a dense weight. Not to be copied: `factor` points into
-// `values`.
+// Where the values of the output channels lie among the elements of a dense weight. Not to be copied: `factor` points
+// into `values`.
 struct WeightFactor {
   // `by_output` has one value for each of `outputs_of` the weight.
   WeightFactor(const Tensor& weight, std::vector<float> by_output, int64_t channel_axis, int64_t groups) {
