@@ -1,8 +1,9 @@
 """A training step of each quantizer against a float one: time and peak memory.
 
 Every variant trains the same network on the same batch, in channels_last: forward, loss, backward, SGD with momentum,
-at 4 bits. All run in this process, in interleaved rounds; the numbers are medians, the ratios count. Peak memory is
-that of a child process a variant, above what it holds before its first step, as in qat_step.py.
+at 4 bits. All run in this process, in interleaved rounds; the numbers are medians, and the ratios, each of one round,
+count. With one thread the time is the processor's, which other processes disturb less. Peak memory is that of a child
+process a variant, above what it holds before its first step, as in qat_step.py.
 
     python benchmarks/qat_quantizers.py [--network resnet18] [--batch 16] [--size 128] [--threads 2] [--rounds 7]
                                         [--only static lsq] [--no-memory] [--json FILE]
@@ -136,22 +137,27 @@ def main() -> None:
     variants = [v for v in VARIANTS if v == BASE or not args.only or v in args.only]
     steps = {variant: make_step(args.network, variant, args) for variant in variants}
     times: dict[str, list[float]] = {variant: [] for variant in steps}
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     for turn in range(args.rounds + 1):
         for variant, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if turn:  # the first one warms up
-                times[variant].append(1e3 * (time.perf_counter() - start))
+                times[variant].append(1e3 * (clock() - start))
     del steps
-    medians = {variant: statistics.median(found) for variant, found in times.items()}
+    ratios = {
+        variant: statistics.median(mine / base for mine, base in zip(found, times[BASE], strict=True))
+        for variant, found in times.items()
+    }
     growth = {} if args.no_memory else {variant: peak(variant, args) for variant in variants}
     print("| quantizer | ms | ÷ float | peak memory ÷ float |\n| --- | --- | --- | --- |")
     rows: list[dict[str, Any]] = []
-    for variant, ms in medians.items():
+    for variant, ratio in ratios.items():
+        ms = statistics.median(times[variant])
         memory = growth[variant] / growth[BASE] if growth else None
-        rows.append({"quantizer": variant, "ms": ms, "ratio": ms / medians[BASE], "memory_ratio": memory})
+        rows.append({"quantizer": variant, "ms": ms, "ratio": ratio, "memory_ratio": memory})
         shown = "" if memory is None else f"{memory:.2f}"
-        print(f"| {variant} | {ms:.1f} | {ms / medians[BASE]:.2f} | {shown} |", flush=True)
+        print(f"| {variant} | {ms:.1f} | {ratio:.2f} | {shown} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
