@@ -1,11 +1,12 @@
 """A training step of each quantizer against a float one: time and peak memory.
 
 Every variant trains the same network on the same batch, in channels_last: forward, loss, backward, SGD with momentum,
-at 4 bits. All run in this process, in interleaved rounds; the numbers are medians, the ratios count. Peak memory is
-that of a child process a variant, above what it holds before its first step, as in qat_step.py.
+at 4 bits. All run in this process, in interleaved rounds; the numbers are medians, and the ratios, each of one round,
+count. With one thread the time is the processor's, which other processes disturb less. Peak memory is that of a child
+process a variant, above what it holds before its first step, as in qat_step.py.
 
     python benchmarks/qat_quantizers.py [--network resnet18] [--batch 16] [--size 128] [--threads 2] [--rounds 7]
-                                        [--json FILE]
+                                        [--only static lsq] [--no-memory] [--json FILE]
 """
 
 from __future__ import annotations
@@ -69,7 +70,12 @@ def make_step(network: str, variant: str, args: argparse.Namespace) -> Step:
         model = qmodel
     model = model.train().to(memory_format=torch.channels_last)
     images = images.contiguous(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+    learned = dict(model.quantizer_parameters()) if choice is not None else {}
+    groups: list[dict[str, Any]] = [{"params": [p for n, p in model.named_parameters() if n not in learned]}]
+    if learned:
+        # nobody trained the network: at the rate of the weights its grids would collapse within a step
+        groups.append({"params": list(learned.values()), "lr": 1e-6})
+    optimizer = torch.optim.SGD(groups, lr=0.001, momentum=0.9)
 
     def step() -> float:
         optimizer.zero_grad()
@@ -117,6 +123,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=[v for v in VARIANTS if v != BASE], help="besides float")
+    parser.add_argument("--no-memory", action="store_true", help="times alone")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -126,23 +134,30 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, native: {native.status()}, {args.threads} threads")
     print(f"{args.network}, batch {args.batch}, {args.size}²\n")
-    steps = {variant: make_step(args.network, variant, args) for variant in VARIANTS}
+    variants = [v for v in VARIANTS if v == BASE or not args.only or v in args.only]
+    steps = {variant: make_step(args.network, variant, args) for variant in variants}
     times: dict[str, list[float]] = {variant: [] for variant in steps}
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     for turn in range(args.rounds + 1):
         for variant, step in steps.items():
-            start = time.perf_counter()
+            start = clock()
             step()
             if turn:  # the first one warms up
-                times[variant].append(1e3 * (time.perf_counter() - start))
+                times[variant].append(1e3 * (clock() - start))
     del steps
-    medians = {variant: statistics.median(found) for variant, found in times.items()}
-    growth = {variant: peak(variant, args) for variant in VARIANTS}
+    ratios = {
+        variant: statistics.median(mine / base for mine, base in zip(found, times[BASE], strict=True))
+        for variant, found in times.items()
+    }
+    growth = {} if args.no_memory else {variant: peak(variant, args) for variant in variants}
     print("| quantizer | ms | ÷ float | peak memory ÷ float |\n| --- | --- | --- | --- |")
-    rows = []
-    for variant, ms in medians.items():
-        ratios = ms / medians[BASE], growth[variant] / growth[BASE]
-        rows.append({"quantizer": variant, "ms": ms, "ratio": ratios[0], "memory_ratio": ratios[1]})
-        print(f"| {variant} | {ms:.1f} | {ratios[0]:.2f} | {ratios[1]:.2f} |", flush=True)
+    rows: list[dict[str, Any]] = []
+    for variant, ratio in ratios.items():
+        ms = statistics.median(times[variant])
+        memory = growth[variant] / growth[BASE] if growth else None
+        rows.append({"quantizer": variant, "ms": ms, "ratio": ratio, "memory_ratio": memory})
+        shown = "" if memory is None else f"{memory:.2f}"
+        print(f"| {variant} | {ms:.1f} | {ratio:.2f} | {shown} |", flush=True)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 

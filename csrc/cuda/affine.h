@@ -103,6 +103,15 @@ QAT_HD Quantized norm_steps(float v, const NormSteps& steps) {
   return {q.value, inside && q.inside};
 }
 
+// The gradients of steps that quantize.
+QAT_HD LearnedTerms norm_learned_terms(float v, float grad, const NormSteps& steps) {
+  if (is_nan(v)) return {0.0f, 0.0f, false};
+  const float clamped = smaller(larger(v, steps.low), steps.high);
+  LearnedTerms terms = learned_terms(clamped, grad, steps.scale, steps.zero_point, steps.codes);
+  terms.inside = terms.inside && steps.low < v && v < steps.high;
+  return terms;
+}
+
 // The values of the elements' channels.
 template <class Index>
 QAT_HD void spread(Octet<float>& to, const float* values, int count, Channel<Index> at) {

@@ -73,6 +73,9 @@ cudaError_t fold_weight(const T* w, int64_t n, const BatchNorm& f, float* out, c
 template <class T>
 cudaError_t unfold_weight(const float* folded, int64_t n, const BatchNorm& f, T* y, cudaStream_t stream);
 
+// out[c] = f of the output channel c.
+cudaError_t weight_factors(const BatchNorm& f, int64_t channels, float* out, cudaStream_t stream);
+
 // ---- learned grids
 
 // Bytes of scratch, aligned as for a double, that a reduction over all but the channels needs.
@@ -87,6 +90,12 @@ template <class T>
 cudaError_t learned_backward(const T* x, const T* grad, T* dx, Layout layout, const float* scale,
                              const float* zero_point, Range range, double grad_scale, float* dscale,
                              float* dzero_point, void* scratch, cudaStream_t stream);
+
+// The same of fake_quantize(w f) / f, the factor being a constant. dzero_point may be null.
+template <class T>
+cudaError_t learned_weight_backward(const T* w, const T* grad, T* dw, Layout layout, const float* scale,
+                                    const float* zero_point, Range range, const Factors& f, double grad_scale,
+                                    float* dscale, float* dzero_point, void* scratch, cudaStream_t stream);
 
 // ---- batch norm or addition, clamp, fake quantization
 
@@ -144,6 +153,29 @@ struct NormSlopes {
 // The gradients of batch norm, of gamma and beta too where they are not null.
 cudaError_t norm_backward(const float* x, const float* grad, const uint8_t* bits, Layout layout,
                           const NormSlopes& slopes, float* dx, void* scratch, cudaStream_t stream);
+
+// The last pass of `norm_backward`, with slopes that are there.
+cudaError_t norm_gradient(const float* x, const float* grad, const uint8_t* bits, Layout layout,
+                          const NormSlopes& slopes, float* dx, cudaStream_t stream);
+
+// Where the sums for a learned grid go: `sums` has two doubles a channel; dzero_point may be null.
+struct GridGradient {
+  double grad_scale;
+  double* sums;
+  float *dscale, *dzero_point;
+};
+
+// `norm_backward` of steps on a learned grid, with all of the slopes' gradients. beta (null: zeros) makes the lines, which
+// go to `shift` and the slopes' factor.
+cudaError_t norm_learned_backward(const float* x, const float* grad, const uint8_t* bits, Layout layout,
+                                  const NormSlopes& slopes, const float* beta, float* shift,
+                                  const StepsOnDevice& steps, const GridGradient& grid, float* dx, void* scratch,
+                                  cudaStream_t stream);
+
+// Of an addition; dx is the gradient of either operand. `sums` is not used.
+cudaError_t add_learned_backward(const float* x, const float* other, const float* grad, int64_t n,
+                                 const StepsOnDevice& steps, const GridGradient& grid, float* dx, void* scratch,
+                                 cudaStream_t stream);
 
 // ---- codes
 

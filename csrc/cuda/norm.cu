@@ -2,6 +2,7 @@
 #include "../kernels/grid.h"
 #include "affine.h"
 #include "launch.h"
+#include "norm.cuh"
 #include "reduce.cuh"
 
 namespace qat::cuda {
@@ -14,13 +15,6 @@ struct MomentTerms {
   const float* x;
   __device__ void add(Moments& own, int64_t, int64_t at) const { own.add(x[at]); }
 };
-
-__device__ void set_line(const NormParameters& p, const NormLines& lines, int64_t c) {
-  const Line line = line_of(lines.mean[c], lines.inverse[c], p.gamma == nullptr ? 1.0f : p.gamma[c],
-                            p.beta == nullptr ? 0.0f : p.beta[c]);
-  lines.factor[c] = line.factor;
-  lines.shift[c] = line.shift;
-}
 
 struct MomentFinish {
   double count;
@@ -35,7 +29,7 @@ struct MomentFinish {
     float *mean = p.running_mean, *var = p.running_var;
     if (mean != nullptr) mean[c] = moved_statistic(mean[c], s.center, p.momentum);
     if (var != nullptr) var[c] = moved_statistic(var[c], s.spread * count / (count - 1.0), p.momentum);
-    set_line(p, lines, c);
+    set_line(p.gamma, p.beta, lines.mean, lines.inverse, lines.factor, lines.shift, c);
   }
 };
 
@@ -44,7 +38,7 @@ __global__ void freeze(int64_t channels, NormParameters p, NormLines lines) {
   if (c >= channels) return;
   lines.mean[c] = p.running_mean[c];
   lines.inverse[c] = frozen_inverse(p.running_var[c], static_cast<float>(p.eps));
-  set_line(p, lines, c);
+  set_line(p.gamma, p.beta, lines.mean, lines.inverse, lines.factor, lines.shift, c);
 }
 
 // One block.
@@ -69,12 +63,6 @@ __global__ void __launch_bounds__(threads_per_block)
 }
 
 // ---- by element
-
-__device__ NormSteps steps_of(const StepsOnDevice& s) {
-  const bool quantize = s.scale != nullptr;
-  return {s.bounds.low, s.bounds.high, quantize, quantize ? *s.scale : 1.0f,
-          quantize ? static_cast<float>(*s.zero_point) : 0.0f, s.codes};
-}
 
 // One value a channel for eight elements: `rows` where whole octets lie side by side in a row of channels.
 template <bool rows, class Index>
@@ -148,20 +136,6 @@ struct ProductTerms {
   const uint8_t* bits;
   __device__ void add(Pair& own, int64_t, int64_t at) const {
     add_product(own, (bits[at / 8] >> (at % 8)) & 1 ? grad[at] : 0.0f, x[at]);
-  }
-};
-
-struct ProductFinish {
-  double count;
-  NormSlopes s;
-  __device__ void operator()(int64_t c, const Pair& sums) const {
-    const Slope made = slope_of(sums, s.mean[c], s.inverse[c], s.gamma == nullptr ? 1.0f : s.gamma[c]);
-    s.factor[c] = made.factor;
-    s.dgamma[c] = made.dgamma;
-    s.dbeta[c] = made.dbeta;
-    if (s.slope == nullptr) return;
-    s.slope[c] = static_cast<float>(made.slope / count);
-    s.offset[c] = static_cast<float>(made.offset / count);
   }
 };
 
@@ -267,17 +241,8 @@ cudaError_t add_extrema(const float* x, const float* other, int64_t n, ExtremaOu
   return cudaGetLastError();
 }
 
-cudaError_t norm_backward(const float* x, const float* grad, const uint8_t* bits, Layout layout,
-                          const NormSlopes& slopes, float* dx, void* scratch, cudaStream_t stream) {
-  cudaError_t error;
-  if (slopes.dgamma != nullptr) {
-    const auto count = static_cast<double>(layout.outer * layout.inner);
-    error = reduce_channels(ProductTerms{x, grad, bits}, ProductFinish{count, slopes}, layout, scratch, stream);
-  } else {
-    factors_of<<<blocks_of_each(layout.channels), threads_per_block, 0, stream>>>(layout.channels, slopes);
-    error = cudaGetLastError();
-  }
-  if (error != cudaSuccess) return error;
+cudaError_t norm_gradient(const float* x, const float* grad, const uint8_t* bits, Layout layout,
+                          const NormSlopes& slopes, float* dx, cudaStream_t stream) {
   const bool aligned = is_aligned(x) && is_aligned(grad) && is_aligned(dx);
   const int blocks = blocks_of_octets(layout.size());
   const bool values_aligned = is_aligned(slopes.factor) && is_aligned(slopes.mean) && is_aligned(slopes.slope) &&
@@ -293,6 +258,20 @@ cudaError_t norm_backward(const float* x, const float* grad, const uint8_t* bits
     }
   });
   return cudaGetLastError();
+}
+
+cudaError_t norm_backward(const float* x, const float* grad, const uint8_t* bits, Layout layout,
+                          const NormSlopes& slopes, float* dx, void* scratch, cudaStream_t stream) {
+  cudaError_t error;
+  if (slopes.dgamma != nullptr) {
+    const auto count = static_cast<double>(layout.outer * layout.inner);
+    error = reduce_channels(ProductTerms{x, grad, bits}, ProductFinish{count, slopes}, layout, scratch, stream);
+  } else {
+    factors_of<<<blocks_of_each(layout.channels), threads_per_block, 0, stream>>>(layout.channels, slopes);
+    error = cudaGetLastError();
+  }
+  if (error != cudaSuccess) return error;
+  return norm_gradient(x, grad, bits, layout, slopes, dx, stream);
 }
 
 }  // namespace qat::cuda

@@ -50,6 +50,11 @@ __global__ void __launch_bounds__(threads_per_block) fold(const T* w, int64_t n,
   for (int64_t at = thread_of_grid(); at < n; at += int64_t{gridDim.x} * blockDim.x) out[at] = to_float(w[at]) * f(at);
 }
 
+__global__ void factors(BatchNorm f, int64_t channels, float* out) {
+  const int64_t c = thread_of_grid();
+  if (c < channels) out[c] = f.of_channel(c);
+}
+
 template <class T>
 __global__ void __launch_bounds__(threads_per_block) unfold(const float* folded, int64_t n, BatchNorm f, T* y) {
   for (int64_t at = thread_of_grid(); at < n; at += int64_t{gridDim.x} * blockDim.x) {
@@ -93,6 +98,11 @@ cudaError_t fold_weight(const T* w, int64_t n, const BatchNorm& f, float* out, c
 template <class T>
 cudaError_t unfold_weight(const float* folded, int64_t n, const BatchNorm& f, T* y, cudaStream_t stream) {
   unfold<<<blocks_for(n), threads_per_block, 0, stream>>>(folded, n, f, y);
+  return cudaGetLastError();
+}
+
+cudaError_t weight_factors(const BatchNorm& f, int64_t channels, float* out, cudaStream_t stream) {
+  factors<<<blocks_of_each(channels), threads_per_block, 0, stream>>>(f, channels, out);
   return cudaGetLastError();
 }
 

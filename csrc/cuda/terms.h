@@ -50,6 +50,20 @@ QAT_HD void add_product(Pair& sums, float grad, float x) {
   sums.second += static_cast<double>(grad) * static_cast<double>(x);
 }
 
+// Of batch norm's gradient and of a learned grid's.
+struct Quad {
+  Pair products, grid;
+
+  QAT_HD void clear() {
+    products.clear();
+    grid.clear();
+  }
+  QAT_HD void merge(const Quad& other) {
+    products.merge(other.products);
+    grid.merge(other.grid);
+  }
+};
+
 struct LearnedTerms {
   float scale, zero_point;  // d(y)/d(...) times the gradient
   bool inside;              // the gradient passes to x

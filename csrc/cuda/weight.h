@@ -22,13 +22,22 @@ struct BatchNorm {
   float eps, floor;
   ChannelMap channel;
 
-  QAT_HD float operator()(int64_t at) const {
-    const int64_t c = channel(at);
+  QAT_HD float operator()(int64_t at) const { return of_channel(channel(at)); }
+
+  QAT_HD float of_channel(int64_t c) const {
     float g = gamma == nullptr ? 1.0f : gamma[c];
     const uint32_t sign = bits_of(g) & 0x80000000u, magnitude = bits_of(g) & 0x7fffffffu;
     if (float_of(magnitude) < floor) g = float_of(bits_of(floor) | sign);
     return divide(g, root(var[c] + eps));
   }
+};
+
+// The same where it was computed before.
+struct Factors {
+  const float* values;
+  ChannelMap channel;
+
+  QAT_HD float operator()(int64_t at) const { return values[channel(at)]; }
 };
 
 }  // namespace qat::cuda

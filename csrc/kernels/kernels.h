@@ -45,12 +45,15 @@ struct TypedKernels {
   // The steps of multiply_each, quantize_run and divide_each, on one factor.
   void (*weight_run)(const T* x, T* y, uint8_t* bits, int64_t n, float factor, float scale, float zero_point,
                      Range range);
-  // Gradients of a fake quantization: dx[i] that of x; ds[i] and dz[i] what the element adds to those of the scale and
-  // of the zero point. dx may be grad.
+  // Gradients of a fake quantization: dx[i] that of x; ds[i] and dz[i] (may be null) what the element adds to those of the
+  // scale and of the zero point. dx may be grad.
   void (*learned_run)(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, float scale, float zero_point,
                       Range range);
   void (*learned_each)(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, const float* scale,
                        const float* zero_point, Range range);
+  // The same of weight_run, where ds[i] and dz[i] are still to be divided by the factor.
+  void (*weight_learned_run)(const T* grad, const T* w, T* dw, float* ds, float* dz, int64_t n, float factor,
+                             float scale, float zero_point, Range range);
 };
 
 // Steps of a pass of norm.h: clamp to [low, high], then fake-quantize if `quantize`.
@@ -81,6 +84,12 @@ struct NormKernels {
   void (*gradient_each)(const float* g, const float* x, float* dx, int64_t n, const float* factor, const float* slope,
                         const float* center, const float* offset);
   void (*add_run)(const float* x, const float* other, float* y, int64_t n);
+  // Of steps that quantize: dx[i] = g[i] where norm_run sets the bit, else 0; ds[i] and dz[i] (may be null) what the
+  // element adds to the gradients of scale and zero point. dx may be g.
+  void (*learned_run)(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n, float factor,
+                      float shift, const NormSteps& steps);
+  void (*learned_each)(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n, const float* factor,
+                       const float* shift, const NormSteps& steps);
 };
 
 struct Kernels {

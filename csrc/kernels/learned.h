@@ -1,11 +1,11 @@
 // The gradients of fake quantization on a learned grid.
 #pragma once
 
-#include "training.h"
+#include "ranges.h"
 
 namespace qat {
 
-// Sums of the gradient, one double a channel.
+// Sums of the gradient, one double a channel; those of the zero point may be null.
 struct GridGradient {
   double *scale, *zero_point;
 };
@@ -15,5 +15,12 @@ struct GridGradient {
 template <class T>
 void learned_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, const T* x, T* dx, Layout layout,
                       const float* scale, const float* zero_point, Range range, const GridGradient& sums);
+
+// The gradients of `fake_quantize_weight` (ranges.h) on a learned grid, the factor being a constant: dw is grad where the
+// code was not clamped.
+template <class T>
+void learned_weight_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, const T* w, T* dw,
+                             Layout layout, const Factor& factor, const float* scale, const float* zero_point,
+                             Range range, const GridGradient& sums);
 
 }  // namespace qat

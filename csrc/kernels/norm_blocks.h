@@ -42,6 +42,21 @@ class NormBlocks {
         });
   }
 
+  // The gradient of a block where it passes, and what its elements add to those of the grid; dz may be null.
+  void gradient(const float* grad, int64_t begin, int64_t end, float* masked, float* ds, float* dz) const {
+    const int64_t n = end - begin;
+    by_block(
+        layout_, begin, end,
+        [&](int64_t c) {
+          kernels_.learned_run(grad, x_ + begin, masked, ds, dz, n, factor_[c], shift_[c], steps_);
+        },
+        [&] {
+          float factor[block], shift[block];
+          kernels_.learned_each(grad, x_ + begin, masked, ds, dz, n, factors_.of(begin, end, factor),
+                                shifts_.of(begin, end, shift), steps_);
+        });
+  }
+
  private:
   const NormKernels& kernels_;
   const float* x_;

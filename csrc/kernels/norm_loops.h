@@ -91,6 +91,56 @@ void norm_each(const float* x, float* y, uint8_t* bits, int64_t n, const float* 
   steps.quantize ? norm_loop<V, true>(x, y, bits, n, affine, steps) : norm_loop<V, false>(x, y, bits, n, affine, steps);
 }
 
+// Gradients of `norm_loop` that quantizes: dx is g where its bit was set; ds and dz (may be null) are what the element
+// adds to those of the grid.
+template <class V, class Affine>
+inline void norm_learned_loop(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n,
+                              const Affine& affine, const NormSteps& steps) {
+  const auto low = V::set(steps.low), high = V::set(steps.high);
+  const auto scale = V::set(steps.scale), zero_point = V::set(steps.zero_point);
+  const auto first = V::set(steps.codes.low), last = V::set(steps.codes.high);
+  const auto compute = [&](typename V::Float gradient, typename V::Float v, const auto& with, int64_t i) {
+    const auto factor = with.template factor_at<V>(i), shift = with.template shift_at<V>(i);
+    typename V::Mask inside;
+    const auto clamped = norm_vector<V>(v, factor, shift, low, high, inside);
+    LearnedTerms<V> terms = learned_terms<V>(gradient, clamped, scale, zero_point, first, last);
+    terms.dx = V::keep(inside, terms.dx);
+    return terms;
+  };
+  int64_t i = 0;
+  for (; i + V::width <= n; i += V::width) {
+    const LearnedTerms<V> terms = compute(V::load(g + i), V::load(x + i), affine, i);
+    V::store(dx + i, terms.dx);
+    V::store(ds + i, terms.ds);
+    if (dz != nullptr) V::store(dz + i, terms.dz);
+  }
+  if (i == n) return;
+  const int64_t rest = n - i;
+  float grads[V::width], values[V::width], affines[32] = {};
+  copy_in<V>(grads, g + i, rest);
+  copy_in<V>(values, x + i, rest);
+  const LearnedTerms<V> terms = compute(V::load(grads), V::load(values), tail(affine, i, rest, affines), 0);
+  const auto copy_out = [&](float* to, typename V::Float from) {
+    V::store(values, from);
+    std::memcpy(to + i, values, static_cast<size_t>(rest) * sizeof(float));
+  };
+  copy_out(dx, terms.dx);
+  copy_out(ds, terms.ds);
+  if (dz != nullptr) copy_out(dz, terms.dz);
+}
+
+template <class V>
+void norm_learned_run(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n, float factor,
+                      float shift, const NormSteps& steps) {
+  norm_learned_loop<V>(g, x, dx, ds, dz, n, OneAffine{factor, shift}, steps);
+}
+
+template <class V>
+void norm_learned_each(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n, const float* factor,
+                       const float* shift, const NormSteps& steps) {
+  norm_learned_loop<V>(g, x, dx, ds, dz, n, EachAffine{factor, shift}, steps);
+}
+
 // The compiler makes vectors of what follows; the order of the additions is written out, the same everywhere.
 
 inline float lower(float a, float b) { return a < b ? a : b; }
@@ -216,8 +266,8 @@ void add_run(const float* x, const float* other, float* y, int64_t n) {
 
 template <class V>
 constexpr NormKernels norm_kernels() {
-  return {&norm_run<V>,   &norm_each<V>,  &moments_rows,  &moments_run, &products_rows,
-          &products_run,  &gradient_run,  &gradient_each, &add_run<V>};
+  return {&norm_run<V>,  &norm_each<V>,  &moments_rows, &moments_run,         &products_rows,       &products_run,
+          &gradient_run, &gradient_each, &add_run<V>,   &norm_learned_run<V>, &norm_learned_each<V>};
 }
 
 template <class V>

@@ -3,28 +3,12 @@
 
 #include <tuple>
 
-#include "cuda.h"
+#include "cuda_weight.h"
 
 namespace {
 
 using namespace qat::ops;
 using namespace qat::ops::gpu;
-
-// Float32 values of a batch norm, one an output channel.
-Tensor float_values(const Tensor& given, const char* name, int64_t count, int32_t device) {
-  check_cuda(given, name, device);
-  check(given.scalar_type() == ScalarType::Float && given.numel() == count,
-        std::string(name) + " is not float32 with " + std::to_string(count) +
-            " values; give the batch norm's, one an output channel");
-  return torch::stable::contiguous(given);
-}
-
-// Of a dense weight; a dimension of one element may have any stride.
-qat::cuda::ChannelMap channel_map(const Tensor& weight, int64_t axis, int64_t groups) {
-  const auto stride = [&](int64_t d) { return weight.size(d) == 1 ? 1 : weight.stride(d); };
-  if (groups == 1) return {1, 1, 1, stride(axis), weight.size(axis)};
-  return {stride(0), weight.size(0), weight.size(0) / groups, stride(axis), weight.size(axis)};
-}
 
 // The smallest and largest values by channel, infinities and nan included. `like` has the shape.
 template <class T>
@@ -90,19 +74,8 @@ std::tuple<Tensor, Tensor> fake_quantize_weight_forward(Tensor weight, OptionalT
     });
     return {y, bits};
   }
-  check(channel_axis >= 0 && channel_axis < weight.dim(),
-        "channel_axis " + std::to_string(channel_axis) + " of a weight of shape " + shape_of(weight) +
-            "; choose that of the output channels");
-  check(groups == 1 || (groups > 1 && channel_axis == 1 && weight.size(0) % groups == 0),
-        std::to_string(groups) + " groups do not fit a weight of shape " + shape_of(weight) +
-            "; give groups only with channel_axis 1, a divisor of the input channels");
-  const int64_t outputs = weight.size(channel_axis) * groups;
-  const Tensor variance = float_values(*var, "var", outputs, device.index);
-  OptionalTensor gammas;
-  if (gamma.has_value()) gammas = float_values(*gamma, "gamma", outputs, device.index);
-  const qat::cuda::BatchNorm factor{gammas ? gammas->const_data_ptr<float>() : nullptr,
-                                    variance.const_data_ptr<float>(), static_cast<float>(eps),
-                                    static_cast<float>(gamma_floor), channel_map(from, channel_axis, groups)};
+  const WeightNorm norm(gamma, *var, outputs_of(weight, channel_axis, groups), device.index);
+  const qat::cuda::BatchNorm factor = norm.factor(eps, gamma_floor, channel_map(from, channel_axis, groups));
   // in the order of the memory of the weight
   const Tensor folded = new_cuda(weight, {n}, ScalarType::Float);
   float* const values = folded.mutable_data_ptr<float>();

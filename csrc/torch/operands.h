@@ -97,6 +97,17 @@ inline void check_buffer(const Tensor& tensor, const char* name, ScalarType type
             type_name(type) + " values; give the module's buffer");
 }
 
+// The number of output channels of a weight, that a batch norm has too.
+inline int64_t outputs_of(const Tensor& weight, int64_t channel_axis, int64_t groups) {
+  check(channel_axis >= 0 && channel_axis < weight.dim(),
+        "channel_axis " + std::to_string(channel_axis) + " of a weight of shape " + shape_of(weight) +
+            "; choose that of the output channels");
+  check(groups == 1 || (groups > 1 && channel_axis == 1 && weight.size(0) % groups == 0),
+        std::to_string(groups) + " groups do not fit a weight of shape " + shape_of(weight) +
+            "; give groups only with channel_axis 1, a divisor of the input channels");
+  return weight.size(channel_axis) * groups;
+}
+
 inline void check_mantissa(int64_t mantissa_bits) {
   check(mantissa_bits >= 0 && mantissa_bits <= 10,
         "mantissa_bits " + std::to_string(mantissa_bits) + " is outside [0, 10]; choose one of these");

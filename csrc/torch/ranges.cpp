@@ -1,62 +1,9 @@
 // Registration of fake quantization on grids that follow the data: weights, and activations in training.
-#include <cmath>
-
-#include "tensors.h"
+#include "weight_factor.h"
 
 namespace {
 
 using namespace qat::ops;
-
-std::vector<float> float_values(const Tensor& given, const char* name, int64_t count) {
-  check_cpu(given, name);
-  check(given.scalar_type() == ScalarType::Float && given.numel() == count,
-        std::string(name) + " is not float32 with " + std::to_string(count) +
-            " values; give the batch norm's, one an output channel");
-  const Tensor values = torch::stable::contiguous(given);
-  const float* const data = values.const_data_ptr<float>();
-  return {data, data + count};
-}
-
-// gamma / sqrt(var + eps) by channel, gamma no closer to zero than `floor`.
-std::vector<float> batch_norm_factor(const std::optional<Tensor>& gamma, const Tensor& var, double eps, double floor,
-                                     int64_t channels) {
-  std::vector<float> factor = float_values(var, "var", channels);
-  std::vector<float> gammas(static_cast<size_t>(channels), 1.0f);
-  if (gamma.has_value()) gammas = float_values(*gamma, "gamma", channels);
-  const auto least = static_cast<float>(floor), added = static_cast<float>(eps);
-  for (size_t c = 0; c < factor.size(); ++c) {
-    const float g = std::abs(gammas[c]) < least ? std::copysign(least, gammas[c]) : gammas[c];
-    factor[c] = g / std::sqrt(factor[c] + added);
-  }
-  return factor;
-}
-
-// Of a grouped transposed convolution: channel group x (outputs a group) + j for the rows of that group, in the order
-// of the memory of `weight`, one an element.
-std::vector<float> spread_over_groups(const Tensor& weight, const std::vector<float>& factor, int64_t groups) {
-  const int64_t rows = weight.size(0) / groups, columns = weight.size(1);
-  const int64_t inner = weight.numel() / (weight.size(0) * columns);
-  std::vector<float> out(static_cast<size_t>(weight.numel()));
-  std::vector<int64_t> sizes, strides;
-  for (int64_t d = 2; d < weight.dim(); ++d) {
-    sizes.push_back(weight.size(d));
-    strides.push_back(weight.stride(d));
-  }
-  for (int64_t i = 0; i < weight.size(0); ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      const float f = factor[static_cast<size_t>(i / rows * columns + j)];
-      for (int64_t k = 0; k < inner; ++k) {
-        int64_t at = i * weight.stride(0) + j * weight.stride(1), rest = k;
-        for (size_t d = 0; d < sizes.size(); ++d) {
-          at += rest % sizes[d] * strides[d];
-          rest /= sizes[d];
-        }
-        out[static_cast<size_t>(at)] = f;
-      }
-    }
-  }
-  return out;
-}
 
 std::tuple<Tensor, Tensor> fake_quantize_weight_forward(Tensor weight, std::optional<Tensor> scale,
                                                         std::optional<Tensor> zero_point, std::optional<Tensor> gamma,
@@ -80,30 +27,18 @@ std::tuple<Tensor, Tensor> fake_quantize_weight_forward(Tensor weight, std::opti
   const Tensor bits = new_cpu({with_mask ? (weight.numel() + 7) / 8 : 0}, ScalarType::Byte);
   if (weight.numel() == 0) return {y, bits};
   const Tensor from = dense(weight, y);
-  std::vector<float> values;
-  std::optional<qat::Factor> factor;
+  std::optional<WeightFactor> factor;
   check(var.has_value() || !gamma.has_value(), "gamma is given without var; give both, or neither");
   if (var.has_value()) {
-    check(channel_axis >= 0 && channel_axis < weight.dim(),
-          "channel_axis " + std::to_string(channel_axis) + " of a weight of shape " + shape_of(weight) +
-              "; choose that of the output channels");
-    check(groups == 1 || (groups > 1 && channel_axis == 1 && weight.size(0) % groups == 0),
-          std::to_string(groups) + " groups do not fit a weight of shape " + shape_of(weight) +
-              "; give groups only with channel_axis 1, a divisor of the input channels");
-    values = batch_norm_factor(gamma, *var, eps, gamma_floor, weight.size(channel_axis) * groups);
-    if (groups > 1) {
-      values = spread_over_groups(from, values, groups);
-      factor = qat::Factor{values.data(), {1, from.numel(), 1}};
-    } else {
-      factor = qat::Factor{values.data(), layout_of(from, channel_axis)};
-    }
+    const int64_t outputs = outputs_of(weight, channel_axis, groups);
+    factor.emplace(from, batch_norm_factor(gamma, *var, eps, gamma_floor, outputs), channel_axis, groups);
   }
   const qat::Layout layout = layout_of(from, axis);
   uint8_t* const to = with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr;
   by_type(weight, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     qat::fake_quantize_weight<T>(kernels(), parallel, static_cast<const T*>(from.const_data_ptr()),
-                                 static_cast<T*>(y.mutable_data_ptr()), to, layout, factor ? &*factor : nullptr,
+                                 static_cast<T*>(y.mutable_data_ptr()), to, layout, factor ? &factor->factor : nullptr,
                                  s.data(), z.data(), scale.has_value() ? nullptr : &rule, range);
   });
   return {y, bits};

@@ -1,8 +1,9 @@
 """The native extension: compiled kernels as torch operators, and the knowledge of whether they are there."""
 
-from qat.native.learned import fake_quantize_learned
+from qat.native.learned import fake_quantize_learned, fake_quantize_weight_learned
 from qat.native.loading import Status, runs_on, status
 from qat.native.norm import Grid, Norm, add_quantize, norm_quantize
+from qat.native.norm_learned import LearnedGrid, add_quantize_learned, norm_quantize_learned
 from qat.native.norm_statistics import add_observe, norm_observe
 from qat.native.observers import (
     Statistics,
@@ -20,19 +21,23 @@ __all__ = [
     "BatchNormFactor",
     "Grid",
     "GridRule",
+    "LearnedGrid",
     "Norm",
     "Statistics",
     "Status",
     "add_observe",
     "add_quantize",
+    "add_quantize_learned",
     "clip_ranges",
     "fake_quantize",
     "fake_quantize_learned",
     "fake_quantize_observe",
     "fake_quantize_track",
     "fake_quantize_weight",
+    "fake_quantize_weight_learned",
     "norm_observe",
     "norm_quantize",
+    "norm_quantize_learned",
     "observe",
     "observe_histogram",
     "observe_minmax",

@@ -151,6 +151,20 @@ class FakeQuantize(Quantizer):
         """Whether what is quantized is so on the grid of the buffers, and nothing else is done to it."""
         return not self.learning and not self.drops and not self.is_anchored
 
+    @property
+    def is_plainly_learned(self) -> bool:
+        """Whether what is quantized is so on the grid of `learned_grid`, and nothing else is done to it."""
+        return self.learning and self.method.learns_grid and not self.drops and not self.is_anchored
+
+    def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Return scale and zero point as `fake_quantize_learned` takes them, and the factor of their gradients.
+
+        Args:
+            x: A tensor of the shape of the activation.
+        """
+        scale, zero_point = self.method.grid(self.learned_parameters(), self.start)
+        return scale, zero_point, self.method.gradient_factor(x, scale.numel())
+
     def _tracks_natively(self, x: Tensor) -> bool:
         """Tell whether one native operator takes the range, moves the grid and fake-quantizes."""
         return self._has_native_pass(x) and not self.tied and not is_distributed()

@@ -71,6 +71,8 @@ def norm_fake_quantize(
         return y
     if not _is_simple(quantizer, x.device):
         return quantizer(native.norm_quantize(x, values, bounds, None))  # type: ignore[no-any-return]
+    if quantizer.learning:
+        return native.norm_quantize_learned(x, values, bounds, _learned_grid(quantizer, x))
     return native.norm_quantize(x, values, bounds, _grid(quantizer))
 
 
@@ -97,6 +99,8 @@ def add_fake_quantize(
         return y
     if not _is_simple(quantizer, x.device):
         return quantizer(native.add_quantize(x, other, bounds, None))  # type: ignore[no-any-return]
+    if quantizer.learning:
+        return native.add_quantize_learned(x, other, bounds, _learned_grid(quantizer, x))
     return native.add_quantize(x, other, bounds, _grid(quantizer))
 
 
@@ -132,10 +136,10 @@ def _is_hooked(*parts: Activation) -> bool:
 
 
 def _is_simple(quantizer: FakeQuantize, device: torch.device) -> bool:
-    """Tell whether a quantizer does nothing but track and quantize one tensor, on one grid, on this device."""
+    """Tell whether a quantizer does nothing but track or learn one grid on this device, and quantize one tensor."""
     return (
         quantizer.quantizing
-        and quantizer.is_plain
+        and (quantizer.is_plain or quantizer.is_plainly_learned)
         and not quantizer.observing
         and not quantizer.tied
         and quantizer.scheme.granularity.kind == "per_tensor"
@@ -179,3 +183,8 @@ def _grid(quantizer: FakeQuantize) -> native.Grid:
     q = quantizer
     state = (q.min_val, q.max_val, q.scale, q.zero_point, q.tracked)
     return native.Grid(state, q.rule, q.tracks, q.momentum)
+
+
+def _learned_grid(quantizer: FakeQuantize, x: Tensor) -> native.LearnedGrid:
+    scale, zero_point, factor = quantizer.learned_grid(x)
+    return native.LearnedGrid(scale, zero_point, quantizer.rule.qmin, quantizer.rule.qmax, factor)

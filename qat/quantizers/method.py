@@ -103,6 +103,11 @@ class Method:
         factor = self.gradient_factor(x, scale.numel())
         return fake_quantize_learned(x, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor)
 
+    @property
+    def learns_grid(self) -> bool:
+        """Whether `fake_quantize` is no other than here: the grid, and the gradients of `fake_quantize_learned`."""
+        return bool(self.names) and type(self).fake_quantize is Method.fake_quantize
+
     def gradient_factor(self, x: Tensor, count: int) -> float:  # noqa: ARG002
         """Return what the gradients of scale and zero point are multiplied with; `count` is their number."""
         return 1.0
@@ -145,6 +150,11 @@ class Static(Method):
 def at_least(value: Tensor, floor: Tensor | float) -> Tensor:
     """Return the larger of both; its gradient is that of `value`, but where that is below and would go on falling."""
     limit = floor if isinstance(floor, Tensor) else torch.full_like(value, floor)
+    # mostly nothing is below, and then the graph needs no node; on a GPU the question would wait. Without gradients the
+    # result may be kept, so it is never the parameter itself
+    can_ask = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if can_ask and torch.is_grad_enabled() and value.requires_grad and not bool((value < limit).any()):
+        return value
     out: Tensor = _AtLeast.apply(value, limit)  # type: ignore[no-untyped-call]
     return out
 

@@ -184,6 +184,12 @@ class WeightFakeQuantize(Quantizer):
     def _on_learned_grid(self, weight: Tensor) -> Tensor:
         if not self.ready:
             raise self._no_range()
+        norm = self._native_factor() if self.method.learns_grid and self._is_for_native(weight) else None
+        if norm is not None:
+            scale, zero_point = self.method.grid(self.learned_parameters(), self.start)
+            grid_rate = self.method.gradient_factor(weight, scale.numel())
+            qmin, qmax, axis, *_ = self.rule
+            return native.fake_quantize_weight_learned(weight, scale, zero_point, qmin, qmax, norm, axis, grid_rate)
         factor = self._spread_factor(weight)
         folded = weight if factor is None else weight.to(torch.float32) * factor
         out = self.method.fake_quantize(folded, self.learned_parameters(), self.start)

@@ -39,9 +39,10 @@ def images(seed: int = 0) -> Tensor:
     return torch.randn(6, 4, 7, 7, generator=torch.Generator().manual_seed(seed))
 
 
-def prepared(*, fused: bool = True) -> qat.PreparedModel:
+def prepared(*, fused: bool = True, learned: str | None = None) -> qat.PreparedModel:
     torch.manual_seed(0)
-    qmodel = qat.prepare(Block(), images(), target=qat.load_target("arm-cpu"), fused=fused)
+    scheme = {"activations": {"quantizer": learned}, "weights": {"quantizer": learned}} if learned else None
+    qmodel = qat.prepare(Block(), images(), target=qat.load_target("arm-cpu"), scheme=scheme, fused=fused)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         qat.calibrate(qmodel, [images()])
@@ -139,6 +140,40 @@ def test_the_first_step_agrees_to_float_rounding() -> None:
         torch.testing.assert_close(gradients[0][name], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("name", ["lsq", "lsq_plus", "tqt", "ulq"])
+def test_learned_grids_in_fused_passes(name: str, frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    for key in ("norm_quantize_learned", "add_quantize_learned", "fake_quantize_weight_learned"):
+        whole = getattr(native, key)
+        monkeypatch.setattr(native, key, lambda *a, f=whole, k=key: (calls.append(k), f(*a))[1])
+    gradients = []
+    for fused in (True, False):
+        qmodel = prepared(fused=fused, learned=name)
+        if frozen:
+            qmodel.freeze_batch_norm()
+        F.cross_entropy(qmodel(images()), torch.arange(6) % 3).backward()
+        gradients.append({name: p.grad for name, p in qmodel.named_parameters()})
+    if native.status().active:
+        assert [calls.count(key) for key in ("norm_quantize_learned", "add_quantize_learned")] == [3, 1]
+        # of the three convolutions, in both models
+        assert calls.count("fake_quantize_weight_learned") == 6
+    for key, want in gradients[1].items():
+        assert want is not None
+        torch.testing.assert_close(gradients[0][key], want, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_learning_in_fused_passes_is_that_of_the_single_modules() -> None:
+    fused, plain = prepared(learned="lsq"), prepared(fused=False, learned="lsq")
+    have, want = train(fused), train(plain)
+    torch.testing.assert_close(torch.tensor(have), torch.tensor(want), rtol=2e-3, atol=2e-3)
+    for (name, p), q in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=2e-2, atol=5e-3), name
+    for qmodel in (fused, plain):
+        qmodel.set_phase("quantize")
+    torch.testing.assert_close(fused.eval()(images(9)), plain.eval()(images(9)), rtol=2e-2, atol=2e-2)
+
+
 def test_state_moves_between_both_forms() -> None:
     fused, plain = prepared(), prepared(fused=False)
     train(fused)
@@ -183,9 +218,12 @@ def test_calibration_of_both_forms_gives_the_same_ranges() -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compiled_training_runs_the_fused_calls_in_one_graph(backend: str, channels_last: bool) -> None:
+@pytest.mark.parametrize("learned", [None, "lsq"])
+def test_compiled_training_runs_the_fused_calls_in_one_graph(
+    backend: str, channels_last: bool, learned: str | None
+) -> None:
     torch._dynamo.reset()
-    eager, compiled = prepared(), prepared()
+    eager, compiled = prepared(learned=learned), prepared(learned=learned)
     calls: list[str] = []
 
     def counting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
@@ -199,9 +237,11 @@ def test_compiled_training_runs_the_fused_calls_in_one_graph(backend: str, chann
             qmodel.zero_grad()
             F.cross_entropy(forward(x), torch.arange(6) % 3).backward()
     if native.status().active:
-        assert sum("norm_quantize_forward" in call for call in calls) == 3
-        assert sum("add_quantize_forward" in call for call in calls) == 1
-        assert sum("fake_quantize_weight_forward" in call for call in calls) == 4
+        infix = "_learned" if learned else ""
+        assert sum(f"norm_quantize{infix}_forward" in call for call in calls) == 3
+        assert sum(f"add_quantize{infix}_forward" in call for call in calls) == 1
+        # the last layer has no batch norm
+        assert sum(f"fake_quantize_weight{infix}_forward" in call for call in calls) == (3 if learned else 4)
     for (name, p), q in zip(eager.named_parameters(), compiled.parameters(), strict=True):
         assert p.grad is not None
         torch.testing.assert_close(q.grad, p.grad, rtol=1e-4, atol=1e-5, msg=name)

@@ -76,6 +76,9 @@ void run_case(const TypedKernels<T>& kernels, const char* name, int number) {
   kernels.learned_each(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scales.data(), zeros.data(),
                        range);
   hash.add(dx), add_numbers(ds), add_numbers(dz);
+  kernels.weight_learned_run(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scales[0], scale, zero,
+                             range);
+  hash.add(dx), add_numbers(ds), add_numbers(dz);
   hash.print(name, number);
 }
 
@@ -132,6 +135,12 @@ void run_norm(const NormKernels& kernels, int number) {
     kernels.norm_each(x.data(), y.data(), bits.data(), count, factor.data(), shift.data(), steps);
     hash.add(y), hash.add(bits);
   }
+  const NormSteps steps{0.0f, 6.0f, true, 0.05f, 3.0f, {0.0f, 100.0f}};
+  std::vector<float> ds(n), dz(n);
+  kernels.learned_run(y.data(), x.data(), dx.data(), ds.data(), dz.data(), count, 0.7f, 0.3f, steps);
+  hash.add(dx), hash.add(ds), hash.add(dz);
+  kernels.learned_each(y.data(), x.data(), dx.data(), ds.data(), nullptr, count, factor.data(), shift.data(), steps);
+  hash.add(dx), hash.add(ds);
   hash.print("norm", number);
 }
 

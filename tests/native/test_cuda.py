@@ -310,7 +310,94 @@ def test_learned_grids(
     assert same(first, [t.cpu() for t in second])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "axis", "channel_axis", "groups", "form"),
+    [
+        ((8, 3, 3, 3), 0, 0, 1, torch.contiguous_format),
+        ((40, 24, 3, 3), 0, 0, 1, torch.channels_last),
+        ((8, 3, 1, 1), -1, 0, 1, torch.channels_last),
+        ((12, 5), 1, 0, 1, torch.contiguous_format),
+        ((6, 4, 2, 3), 1, 1, 3, torch.channels_last),
+        ((0, 4, 2, 3), 1, 1, 1, torch.contiguous_format),
+    ],
+)
+def test_learned_weights(
+    machine: Machine, shape: Sequence[int], axis: int, channel_axis: int, groups: int, form: torch.memory_format,
+    dtype: torch.dtype,
+) -> None:  # fmt: skip
+    channels, outputs = shape[axis] if axis >= 0 else 1, shape[channel_axis] * groups
+    weight, grad = (exact(shape, k).to(dtype).contiguous(memory_format=form) for k in (0, 1))
+    scale, zero_point = 2.0 ** -(torch.arange(channels) % 4).float(), exact((channels,), 7) * 4
+    place = (-8, 7, axis, channel_axis, groups, 0.25)
+    norms = [(None, torch.rand(outputs) + 0.5, 1e-5)]
+    # powers of two as factors: sums stay exact
+    norms += [(2.0 ** (torch.arange(outputs) % 3).float(), torch.full((outputs,), 4.0), 0.0)]
+    for gamma, var, eps in norms:
+        _, factor = machine.check(
+            "fake_quantize_weight_learned_forward", weight, scale, zero_point, gamma, var, eps, 2.0**-20, *place
+        )
+        for with_zero_point in (False, True):
+            machine.check(
+                "fake_quantize_weight_learned_backward", grad, weight, scale, zero_point, factor, *place,
+                with_zero_point, close=gamma is None,
+            )  # fmt: skip
+
+
 # ---- fused passes
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES[:5])
+def test_batch_norm_on_a_learned_grid(
+    machine: Machine, shape: Sequence[int], form: torch.memory_format, bounds: Bounds
+) -> None:
+    x, grad = formed(exact(shape, 0), form), exact(shape, 1)
+    gamma, beta, mean, var = (exact((shape[1],), k) for k in range(2, 6))
+    for number, (codes, batch) in enumerate([((0, 15), True), ((-8, 7), False)]):
+        grid = (torch.tensor(0.25), torch.tensor(3.3), *codes)
+        weights = (gamma, beta) if number % 2 else (None, None)
+        _, bits, means, inverses = machine.check(
+            "norm_quantize_learned_forward", x, *weights, mean.clone(), var.abs() + 0.5, batch, 0.1, 1e-5, *bounds,
+            *grid,
+        )  # fmt: skip
+        back = (grad, x, bits, *weights, means, inverses, batch, *bounds, *grid, 0.25)
+        for with_zero_point in (False, True):
+            # the grid's sums are of any numbers
+            machine.check("norm_quantize_learned_backward", *back, with_zero_point, close=True)
+        there = [machine.moved(argument) for argument in back]
+        first, second = (machine.call("norm_quantize_learned_backward", *there) for _ in range(2))
+        assert same(first, [t.cpu() for t in second])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
+def test_learned_grids_behind_what_is_not_finite(machine: Machine, value: float) -> None:
+    x, grad = exact((3, 4, 5), 0), exact((3, 4, 5), 1)
+    x[1, 2, 3] = value
+    running, grid = (exact((4,), 2), exact((4,), 3).abs() + 0.5), (torch.tensor(0.25), torch.tensor(3.0), 0, 15)
+    _, bits, *statistics = machine.check(
+        "norm_quantize_learned_forward", x, None, None, *running, False, 0.1, 1e-5, 0.0, 6.0, *grid
+    )
+    back = (grad, x, bits, None, None, *statistics, False, 0.0, 6.0, *grid)
+    machine.check("norm_quantize_learned_backward", *back, close=True)
+    other = exact((3, 4, 5), 4)
+    machine.check("add_quantize_learned_backward", grad, x, other, 0.0, 6.0, *grid, close=True)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("shape", [(7, 11), (40_003,), (), (0, 3)])
+def test_additions_on_learned_grids(machine: Machine, shape: tuple[int, ...], bounds: Bounds) -> None:
+    x, other, grad = (exact(shape, k) for k in (5, 6, 7))
+    for codes in [(0, 15), (-8, 7)]:
+        grid = (torch.tensor(0.25), torch.tensor([3.3]), *codes, 0.25)
+        machine.check("add_quantize_learned_forward", x, other, *bounds, *grid)
+        for with_zero_point in (False, True):
+            machine.check("add_quantize_learned_backward", grad, x, other, *bounds, *grid, with_zero_point)
+        if len(shape) == 2:
+            turned = (x, other.t().contiguous().t(), *bounds, *grid)
+            machine.check("add_quantize_learned_forward", *turned)
+            machine.check("add_quantize_learned_backward", grad.t().contiguous().t(), *turned)
 
 
 @pytest.mark.parametrize("batch", [False, True])
