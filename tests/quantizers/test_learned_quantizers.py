@@ -119,6 +119,17 @@ def test_the_encoding_is_the_grid_of_the_forward_pass(role: str, name: str) -> N
 
 
 @pytest.mark.parametrize(("role", "name"), BOTH)
+def test_a_grid_that_was_asked_for_does_not_move(role: str, name: str) -> None:
+    q, x = made(role, name)
+    scale, zero_point = q.grid()
+    before = scale.clone(), zero_point.clone()
+    learn(q, x)
+    assert torch.equal(scale, before[0])
+    assert torch.equal(zero_point, before[1])
+    assert not torch.equal(q.grid()[0], before[0])
+
+
+@pytest.mark.parametrize(("role", "name"), BOTH)
 def test_freezing_keeps_the_grid_and_gives_no_gradient(role: str, name: str) -> None:
     q, x = made(role, name)
     learn(q, x)
