@@ -23,6 +23,8 @@ _EMULATOR = "qemu-aarch64-static"
 _PROCESSOR = "neoverse-n1"
 _STAMP = ".qat-arm64-root"
 _PYTHON = "usr/bin/python3.11"
+#: codes of 8 bits that the outputs of a network with additions may be apart: 7 seen (mobilenet_v2, trained)
+_NETWORK_BOUND = 32.0
 #: an image takes a second or two, starting Python with its libraries about ten
 _SAMPLES = 2
 
@@ -36,8 +38,9 @@ def arm64_root() -> Path:
 def arm64_executors() -> tuple[Executor, ...]:
     """Return ONNX Runtime, and LiteRT's reference and default kernels, for ARM64.
 
-    ONNX Runtime is held to one code, as on x86: it sums a few operators in float32. LiteRT's reference kernels must
-    equal the simulation; its default kernels round otherwise and are recorded.
+    ONNX Runtime is held to `_NETWORK_BOUND`: its QLinearAdd for ARM64 rounds otherwise than the one for x86 that the
+    simulation follows (docs/onnxruntime.md), by one code in a few elements, which a network amplifies. LiteRT's
+    reference kernels must equal the simulation; its default kernels round otherwise and are recorded.
     """
     return (
         Executor(
@@ -46,7 +49,7 @@ def arm64_executors() -> tuple[Executor, ...]:
             runtime=lambda: _described("onnxruntime", "ONNX Runtime"),
             missing=missing_root,
             run=_run("onnxruntime"),
-            bound=1.0,
+            bound=_NETWORK_BOUND,
             samples=_SAMPLES,
         ),
         Executor(
