@@ -34,7 +34,7 @@ _DEPLOY = (
     "it, `./deploy.sh --run` compares the phone's answers as well."
 )
 _STANDING = {
-    "verified": "Every artifact was executed and held.",
+    "verified": "All that has to be executed was, and held.",
     "partly verified": "**Some runtimes were not at hand; what they would have executed is not verified.**",
     "unverified": "**UNVERIFIED: no runtime was at hand to execute anything in this package.**",
     "failed": "**A check did not hold.**",
