@@ -150,7 +150,9 @@ def package(
         print(f"| {name} | {title} | {share} | | {str(error)[:200]} | | | |", flush=True)
         return {}
     for check, seconds in zip(made.manifest.checks, spent, strict=True):
-        size = (folder / check.artifact).stat().st_size / 1e6
+        # a context binary is beside its wrapper
+        files = (folder / check.artifact).parent.glob("*") if "/" in check.artifact else [folder / check.artifact]
+        size = sum(file.stat().st_size for file in files) / 1e6
         if check.status == "not run":
             cells = f"not run: {check.notes[0]} | | |"
         elif check.outputs:
