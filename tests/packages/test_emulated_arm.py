@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from runner_cases import Net, Program, check_arrays, check_usage, converted, images, laid, same, samples_of
+from torch import Tensor, nn
 
 import qat
 from qat.errors import ExportError
@@ -207,3 +208,25 @@ def prepared() -> qat.PreparedModel:
     qmodel = qat.prepare(Net().eval(), inputs, target=qat.load_target("arm-cpu"))
     qat.calibrate(qmodel, [inputs], progress=False)
     return qmodel
+
+
+def test_only_networks_with_additions_may_be_further_apart(tmp_path: Path) -> None:
+    """ARM64's QLinearAdd rounds otherwise; everything else is held to one code, as on x86."""
+    executor = next(e for e in arm64.arm64_executors() if e.name == "onnxruntime-arm64")
+    assert callable(executor.bound)
+
+    class Layer(nn.Module):
+        def __init__(self, residual: bool) -> None:
+            super().__init__()
+            self.a, self.residual = nn.Linear(6, 6), residual
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.a(x)
+            return y + x if self.residual else y
+
+    x = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+    for residual, bound in ((False, 1.0), (True, 32.0)):
+        qmodel = qat.prepare(Layer(residual).eval(), x, target=qat.load_target("arm-cpu"))
+        qat.calibrate(qmodel, [x], progress=False)
+        qat.export_onnx(qmodel, tmp_path / "m.onnx", verify=False)
+        assert executor.bound(tmp_path / "m.onnx") == bound
