@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ class Source:
     name: str
     batches: tuple[tuple[Tensor, ...], ...]
     targets: tuple[str, ...]
+    #: the simulations that were made, by profile: artifacts and golden samples share them
+    _made: dict[str, IntegerModel] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def encodings(self) -> Encodings:
@@ -34,4 +36,6 @@ class Source:
 
     def simulation(self, numerics: str) -> IntegerModel:
         """Convert to a numerics profile, on the CPU."""
-        return convert(self.qmodel, numerics).to("cpu")
+        if numerics not in self._made:
+            self._made[numerics] = convert(self.qmodel, numerics).to("cpu")
+        return self._made[numerics]
