@@ -10,7 +10,8 @@ from qat.algorithms.gptq import gptq
 from qat.algorithms.nuq import nuq
 from qat.algorithms.reconstruct import reconstruct
 from qat.analysis.compare import Comparison, compare
-from qat.encoding import Encoding, Encodings
+from qat.encoding import Encoding
+from qat.encodings import Encodings
 from qat.errors import QatError
 from qat.export.io_mode import IoMode
 from qat.export.model import export_onnx

@@ -7,7 +7,8 @@ from typing import Any
 import numerics_reference as reference
 from hypothesis import strategies as st
 
-from qat.encoding import Encoding, Encodings
+from qat.encoding import Encoding
+from qat.encodings import Encodings
 from qat.scheme import INT_TYPES, Granularity
 
 UINT8 = Encoding("uint8", (0.5,), (3,), 0, 255)

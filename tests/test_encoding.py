@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qat import numerics
-from qat.encoding import Difference, Encoding, Encodings
+from qat.encoding import Encoding
+from qat.encodings import Difference, Encodings
 from qat.errors import EncodingError, QuantizationWarning
 from qat.scheme import Granularity, ObserverSpec, Scheme
 

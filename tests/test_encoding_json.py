@@ -14,8 +14,8 @@ import pytest
 from encoding_examples import CHANNELS, GROUPS, UINT8, tables
 from hypothesis import given, settings
 
-from qat.encoding import Encodings
 from qat.encoding_json import encodings_schema
+from qat.encodings import Encodings
 from qat.errors import EncodingError, OutputError
 
 VALIDATOR = jsonschema.Draft202012Validator(encodings_schema())

@@ -26,6 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("scheme",),
     ("schemes", "numerics", "encoding_json"),
     ("encoding",),
+    ("encodings",),
     ("native",),
     ("targets",),
     ("observers",),

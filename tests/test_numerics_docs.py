@@ -10,7 +10,7 @@ import pytest
 from encoding_examples import CHANNELS
 
 from qat import numerics
-from qat.encoding import Encodings
+from qat.encodings import Encodings
 from qat.scheme import INT_TYPES
 
 PAGE = (Path(__file__).resolve().parent.parent / "docs" / "numerics.md").read_text(encoding="utf-8")

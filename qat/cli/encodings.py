@@ -32,7 +32,7 @@ def show(
     """Print a table of encodings: scale, zero point, observed range, provenance."""
     import json
 
-    from qat.encoding import Encodings
+    from qat.encodings import Encodings
     from qat.errors import EncodingError
 
     table = Encodings.load(file)
@@ -50,7 +50,7 @@ def diff(
     """Print the tensors in which two tables differ; status 1 where there are any."""
     import json
 
-    from qat.encoding import Encodings
+    from qat.encodings import Encodings
 
     found = Encodings.load(left).diff(Encodings.load(right))
     if as_json:
@@ -97,7 +97,7 @@ def convert(
     biases: Annotated[bool, typer.Option(help="For aimet: int32 biases too.")] = False,
 ) -> None:
     """Convert a table of encodings from or to AIMET's format."""
-    from qat.encoding import Encodings
+    from qat.encodings import Encodings
     from qat.errors import EncodingError
     from qat.interop.aimet import read_aimet, tensors_of, write_aimet
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from qat.encoding import Encodings
+from qat.encodings import Encodings
 from qat.export.onnx import program_to_onnx
 from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program, TensorInfo
 

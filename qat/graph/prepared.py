@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from qat import native
-from qat.encoding import Encoding, Encodings
+from qat.encoding import Encoding
+from qat.encodings import Encodings
 from qat.errors import EncodingError, PlanError, StateError
 from qat.graph.fuse import fuse
 from qat.graph.opgraph import OpGraph

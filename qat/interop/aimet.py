@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from qat.encoding import Encoding, Encodings
+from qat.encoding import Encoding
+from qat.encodings import Encodings
 from qat.errors import EncodingError
 from qat.export.twin import MOVEMENTS
 from qat.files import atomic_write_text, read_json

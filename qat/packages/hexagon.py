@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qat.encoding import Encodings
+from qat.encodings import Encodings
 from qat.errors import EncodingError, ExportError, TargetError
 from qat.export.borders import contracts
 from qat.export.htp import ARCHITECTURES, CHIPS, available, write_context

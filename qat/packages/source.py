@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from qat.encoding import Encodings
+from qat.encodings import Encodings
 from qat.graph.prepared import PreparedModel
 from qat.integer.model import IntegerModel, convert
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qat.encoding import Encodings
+from qat.encodings import Encodings
 from qat.errors import CheckpointError, DataError
 from qat.graph.plan import Plan
 from qat.graph.prepared import PreparedModel

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import qat
 from qat.cli import main
-from qat.encoding import Encoding, Encodings
+from qat.encoding import Encoding
+from qat.encodings import Encodings
 from qat.errors import EncodingError
 from qat.interop.aimet import VERSIONS, aimet_document, read_aimet, read_aimet_document, write_aimet
 from qat.scheme import Granularity, int_type

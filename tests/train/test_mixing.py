@@ -6,7 +6,7 @@ import torch
 from training_cases import blobs, small
 
 import qat
-from qat.encoding import Encodings
+from qat.encodings import Encodings
 from qat.graph.prepared import PreparedModel
 from qat.train.settings import OptimizerSettings, TrainSettings
 from qat.train.trainer import fit
