@@ -3,6 +3,7 @@
 from qat.models.cifar_resnet import CifarResNet, cifar_resnet20, cifar_resnet32
 from qat.models.digits import DigitsCNN, digits_cnn
 from qat.models.fashion import FashionCNN, fashion_cnn
+from qat.models.grey import grey_mobilenet_v2, grey_vit
 
 __all__ = [
     "CifarResNet",
@@ -12,4 +13,6 @@ __all__ = [
     "cifar_resnet32",
     "digits_cnn",
     "fashion_cnn",
+    "grey_mobilenet_v2",
+    "grey_vit",
 ]
