@@ -1,13 +1,16 @@
 """Post-training quantization of pretrained networks, method by method, on the same images.
 
     QAT_DATA=... python benchmarks/ptq_accuracy.py [--limit N] [--images N] [--bits w8a8 w4a8 w4a4] [--json FILE]
-                                                   [--observers NAME ...] [--peers] [NETWORK ...]
+                                                   [--observers NAME ...] [--weights NAME ...] [--best] [--peers]
+                                                   [NETWORK ...]
 
 QAT_DATA names a folder with `reference.py` (see `pretrained_accuracy.py`). Every network gets the same recipes:
 
-    observer    calibration with one observer
+    observer    calibration with one observer of activations
+    weights     calibration with one observer of weights, and the default one of activations
     default     equalize, calibrate, correct_bias                      (8-bit weights)
                 equalize, calibrate, correct_bias, gptq, correct_bias  (4-bit weights)
+    best        the same with reconstruct in the place of gptq: minutes in the place of seconds
 
 Beside each: its time, conversion included, in passes of the float model over the calibration images, and the peak of
 the process's memory meanwhile, above what it held before (Linux).
@@ -42,6 +45,7 @@ from qat.graph.prepared import PreparedModel
 
 NETWORKS = ["mobilenet_v1_025", "squeezenet1_1", "cifar_resnet20", "ds_cnn_kws"]
 TARGET = "onnxruntime-cpu"
+ITERATIONS = 1000
 SCHEMES: dict[str, dict[str, Any]] = {
     "w8a8": {},
     "w8a8 per tensor": {"weights": {"granularity": "per_tensor"}},
@@ -92,6 +96,30 @@ def default(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> 
     if "weights" in scheme and scheme["weights"].get("dtype") == "int4":
         qat.gptq(qmodel, batches, float_model=reference, progress=False)
         qat.correct_bias(qmodel, batches, float_model=reference, progress=False)
+    return qmodel
+
+
+def best(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> PreparedModel:
+    """Quantize by block reconstruction, with learned scales of activations of 4 bits."""
+    qmodel = prepare(model, batches[0], scheme, None)
+    qat.equalize(qmodel, batches, progress=False)
+    reference = copy.deepcopy(model)
+    reference.load_state_dict(qmodel.float_state_dict())
+    qat.calibrate(qmodel, batches, progress=False)
+    qat.correct_bias(qmodel, batches, progress=False)
+    rate = 1e-3 if "activations" in scheme else 0.0
+    qat.reconstruct(
+        qmodel, batches, iterations=ITERATIONS, scale_rate=rate, correct=True, float_model=reference, progress=False
+    )
+    qat.correct_bias(qmodel, batches, float_model=reference, progress=False)
+    return qmodel
+
+
+def weighed(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any], observer: str) -> PreparedModel:
+    """Calibrate with one observer of weights."""
+    weights = {**scheme.get("weights", {}), "observer": observer}
+    qmodel = prepare(model, batches[0], {**scheme, "weights": weights}, None)
+    qat.calibrate(qmodel, batches, progress=False)
     return qmodel
 
 
@@ -207,7 +235,11 @@ def methods(
     """Yield each method's name and how it quantizes."""
     for observer in args.observers:
         yield observer, lambda o=observer: qat.convert(observed(model, batches, scheme, o))
+    for observer in args.weights:
+        yield f"weights {observer}", lambda o=observer: qat.convert(weighed(model, batches, scheme, o))
     yield "default recipe", lambda: qat.convert(default(model, batches, scheme))
+    if args.best:
+        yield "best recipe", lambda: qat.convert(best(model, batches, scheme))
     if args.peers:
         yield "torch.ao FX", lambda: torch_ao(model, batches, scheme)
         for method in ("MinMax", "Entropy", "Percentile"):
@@ -222,6 +254,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=256, help="calibration images")
     parser.add_argument("--bits", nargs="+", default=["w8a8"], choices=list(SCHEMES))
     parser.add_argument("--observers", nargs="*", default=["minmax", "histogram"])
+    parser.add_argument("--weights", nargs="*", default=[], help="observers of weights")
+    parser.add_argument("--best", action="store_true", help="block reconstruction too")
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

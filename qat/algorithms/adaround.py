@@ -39,8 +39,9 @@ def adaround(
 ) -> Rounding:
     """Learn the rounding of the weights of a calibrated model, layer by layer, and fix them on their grids.
 
-    The output that a layer is to reproduce is that after its folded batch norm and its clamp (ReLU); what it reads is
-    quantized, by the layers before it that are rounded already, while the output to reproduce is the float model's.
+    The output that a layer is to reproduce is that after its folded batch norm, its clamp (ReLU), and the activation
+    function that alone reads it (leaky ReLU, SiLU). What it reads is quantized, by the layers before it that are
+    rounded already, while the output to reproduce is the float model's.
 
     Args:
         qmodel: The calibrated model, which is changed: its weights become values of their grids.
@@ -73,7 +74,7 @@ def adaround(
         iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, seed=seed, correct=correct
     )
     learning.check()
-    units = roundable(qmodel, layer_units(qmodel, "clamp"))
+    units = roundable(qmodel, layer_units(qmodel, "activation"))
     return reconstruct_units(
         qmodel, batches, units, learning, "adaround", samples=samples, memory=memory, float_model=float_model,
         progress=progress, checkpoint=checkpoint,

@@ -22,7 +22,7 @@ Blocks = Literal["residual", "layer"] | Sequence[str]
 
 
 def block_units(
-    qmodel: PreparedModel, blocks: Blocks = "residual", reach: Literal["clamp", "quantizer"] = "quantizer"
+    qmodel: PreparedModel, blocks: Blocks = "residual", reach: Literal["activation", "quantizer"] = "quantizer"
 ) -> tuple[Unit, ...]:
     """Return the units to reconstruct, in execution order: blocks, and the layers that are in none.
 
@@ -144,14 +144,14 @@ class _Finder:
         """Add the clamp and the fake quantizer that alone read the last node, as far as the blocks reach."""
         found = set(own)
         last = max(found, key=self.place.__getitem__)
-        if self.reach == "clamp" and last.meta.get("quantizes") is not None:
+        if self.reach == "activation" and last.meta.get("quantizes") is not None:
             found.remove(last)
             return found
         while len(last.users) == 1:
             (user,) = last.users
             op = self.qmodel.opgraph.ops.get(self.values.get(user, ""))
             quantizes = user.meta.get("quantizes") is not None
-            if (quantizes and self.reach == "clamp") or (not quantizes and (op is None or op.kind != "clamp")):
+            if (quantizes and self.reach == "activation") or (not quantizes and (op is None or op.kind != "clamp")):
                 break
             found.add(user)
             last = user

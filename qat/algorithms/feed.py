@@ -14,9 +14,12 @@ from torch import Tensor, fx
 
 from qat.algorithms.sweep import Visit
 from qat.algorithms.unfolded import Unfolded, WeightMatrix
+from qat.algorithms.units import ELEMENTWISE
 
 #: places that are drawn a sample where the places of a layer's output are drawn singly
 _PLACES = 32
+#: operators that act on each place of a layer's output for itself
+_BY_PLACE = ELEMENTWISE | {"batch_norm", "clamp"}
 Quantize = Callable[[fx.Node, Tensor], Tensor | None]
 
 
@@ -157,7 +160,7 @@ def is_by_place(visit: Visit) -> bool:
     kinds = {op.node: op.kind for op in visit.root.opgraph.ops.values()}
     if kinds.get(unit.nodes[0].name) != layer.op.kind or unit.nodes[0].name != layer.op.node:
         return False
-    return all(n.meta.get("quantizes") or kinds.get(n.name) in ("batch_norm", "clamp") for n in unit.nodes[1:])
+    return all(n.meta.get("quantizes") or kinds.get(n.name) in _BY_PLACE for n in unit.nodes[1:])
 
 
 def _joined(batches: tuple[tuple[Any, ...], ...]) -> list[Any]:

@@ -76,7 +76,7 @@ def gptq(
     check_option(0 < damping < 1, "damping", damping, "give a share in (0, 1)")
     check_option(block_size >= 1, "block_size", block_size, "give a positive number")
     check_option(order in ("activation", "natural"), "order", order, "choose activation or natural")
-    units = roundable(qmodel, layer_units(qmodel, "clamp"))
+    units = roundable(qmodel, layer_units(qmodel, "activation"))
     data = gather(qmodel, batches, samples=samples, memory=memory)
     count = count_samples(qmodel, data, "gptq")
     results: list[UnitRounding] = []

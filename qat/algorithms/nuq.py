@@ -89,7 +89,7 @@ def nuq(
     check_option(steps in (16, 32), "steps", steps, "choose 16 or 32")
     check_option(iterations >= 1, "iterations", iterations, "give a positive number")
     check_option(0 < damping < 1, "damping", damping, "give a share in (0, 1)")
-    units = roundable(qmodel, layer_units(qmodel, "clamp"))
+    units = roundable(qmodel, layer_units(qmodel, "activation"))
     for layer in (layer for unit in units for layer in unit.layers):
         if layer.quantizer.scheme.int_type.bits != _BITS:
             raise StateError(

@@ -91,7 +91,7 @@ def reconstruct(
         iterations, batch_size, learning_rate, reg_param, beta_range, warm_start, drop, scale_rate, seed, correct
     )
     learning.check()
-    units = roundable(qmodel, block_units(qmodel, blocks, "quantizer" if scale_rate else "clamp"))
+    units = roundable(qmodel, block_units(qmodel, blocks, "quantizer" if scale_rate else "activation"))
     return reconstruct_units(
         qmodel, batches, units, learning, "reconstruct", samples=samples, memory=memory, float_model=float_model,
         progress=progress, checkpoint=checkpoint,

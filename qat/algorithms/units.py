@@ -15,9 +15,12 @@ from qat.graph.prepared import PreparedModel
 from qat.graph.subgraph import call_node
 from qat.quantizers import WeightFakeQuantize
 
-#: how far the unit of a layer reaches: its operator alone, its folded batch norm too, its clamp, its fake quantizer
-Reach = Literal["operator", "norm", "clamp", "quantizer"]
-_REACHES: tuple[Reach, ...] = ("operator", "norm", "clamp", "quantizer")
+#: how far the unit of a layer reaches: its operator alone, its folded batch norm too, its clamp, the activation
+#: function that alone reads the result (with the fake quantizer between), the fake quantizer at the end
+Reach = Literal["operator", "norm", "clamp", "activation", "quantizer"]
+_REACHES: tuple[Reach, ...] = ("operator", "norm", "clamp", "activation", "quantizer")
+#: operators that compute each element for itself
+ELEMENTWISE = frozenset({"table", "prelu"})
 
 
 @dataclass(frozen=True)
@@ -185,17 +188,34 @@ def _chain(
 ) -> tuple[list[fx.Node], str]:
     """Return the nodes of a layer's unit and the tensor that the last one computes."""
     wanted = _REACHES.index(reach)
-    follow: list[tuple[str, fx.Node]] = []
-    for least, op in ((_REACHES.index("norm"), fusion.batch_norm), (_REACHES.index("clamp"), fusion.clamp)):
-        if op is not None and wanted >= least:
-            follow.append((op.name, nodes[qmodel.opgraph.nodes[op.name]]))
-    if wanted >= _REACHES.index("quantizer"):
-        last = follow[-1][1] if follow else node
-        follow += [(user.meta["quantizes"], user) for user in last.users if user.meta.get("quantizes") is not None][:1]
     chain, name = [node], layer.name
-    for tensor, following in follow:
-        if list(chain[-1].users) != [following]:
-            break
-        chain.append(following)
-        name = tensor
+    for least, op in (("norm", fusion.batch_norm), ("clamp", fusion.clamp)):
+        if op is not None and wanted >= _REACHES.index(least):
+            following = nodes[qmodel.opgraph.nodes[op.name]]
+            if list(chain[-1].users) != [following]:
+                return chain, name
+            chain.append(following)
+            name = op.name
+    if wanted >= _REACHES.index("activation"):
+        quantizer = _quantizer_of(chain[-1])
+        reader = _only_reader(quantizer or chain[-1])
+        op = next((o for o in qmodel.opgraph.ops.values() if reader is not None and o.node == reader.name), None)
+        if reader is not None and op is not None and op.kind in ELEMENTWISE:
+            chain += [reader] if quantizer is None else [quantizer, reader]
+            name = op.name
+    if wanted >= _REACHES.index("quantizer"):
+        quantizer = _quantizer_of(chain[-1])
+        if quantizer is not None:
+            chain.append(quantizer)
+            name = str(quantizer.meta["quantizes"])
     return chain, name
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _quantizer_of(node: fx.Node) -> fx.Node | None:
+    """Return the fake quantizer that alone reads a node."""
+    reader = _only_reader(node)
+    return reader if reader is not None and reader.meta.get("quantizes") is not None else None

@@ -75,7 +75,7 @@ def test_modules_as_blocks() -> None:
     units = block_units(qmodel, ["stem", "block"])
     assert [(u.name, len(u.layers)) for u in units] == [("stem.2", 1), ("block.relu#2", 2), ("relu6", 1), ("head", 1)]
     assert all(u.output.meta.get("quantizes") for u in units)
-    assert not any(u.output.meta.get("quantizes") for u in block_units(qmodel, ["stem", "block"], "clamp"))
+    assert not any(u.output.meta.get("quantizes") for u in block_units(qmodel, ["stem", "block"], "activation"))
 
 
 @pytest.mark.parametrize(

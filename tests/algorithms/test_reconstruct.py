@@ -111,7 +111,7 @@ def test_layers_are_fed_by_place_and_blocks_by_sample() -> None:
             whole = whole if found.unit.name == "head" else whole.movedim(1, -1).reshape(-1, whole.shape[1])
             torch.testing.assert_close(outputs[-1][0].reshape(whole.shape), whole, rtol=1e-4, atol=1e-4)
 
-    sweep(qmodel, gather(qmodel, [data[:16]]), block_units(qmodel, "residual", "clamp"), visit, progress=False)
+    sweep(qmodel, gather(qmodel, [data[:16]]), block_units(qmodel, "residual", "activation"), visit, progress=False)
     assert kinds == [PlaceFeed, SampleFeed, PlaceFeed, PlaceFeed]
     assert all(out.shape == target.shape for out, target in outputs)
 

@@ -74,6 +74,7 @@ def test_the_float_path_can_be_that_of_the_original_model() -> None:
         ("operator", ["stem.0", "block.conv1", "block.conv2", "depthwise", "head"]),
         ("norm", ["stem.1", "block.bn1", "block.bn2", "depthwise", "head"]),
         ("clamp", ["stem.2", "block.relu", "block.bn2", "relu6", "head"]),
+        ("activation", ["stem.2", "block.relu", "block.bn2", "relu6", "head"]),
         ("quantizer", ["stem.2", "block.relu", "block.bn2", "relu6", "head"]),
     ],
 )
@@ -83,6 +84,46 @@ def test_how_far_a_unit_reaches(reach: Reach, ends: list[str]) -> None:
     assert [u.name for u in units] == ends
     quantizers = [u.output.meta.get("quantizes") for u in units]
     assert all(quantizers) if reach == "quantizer" else not any(quantizers)
+
+
+class Activated(nn.Module):
+    """Layers before a function of each element, before one whose argument is read elsewhere too, and before none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.norm = nn.BatchNorm2d(4)
+        self.leaky, self.silu = nn.LeakyReLU(0.1), nn.Sigmoid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(self.leaky(self.norm(self.first(x))))
+        return self.last(self.silu(y) + y)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("reach", "ends"),
+    [
+        ("clamp", ["norm", "second", "last"]),
+        ("activation", ["leaky", "second", "last"]),
+        ("quantizer", ["leaky", "second", "last"]),
+    ],
+)
+def test_a_unit_goes_on_to_the_activation_that_alone_reads_a_layer(reach: Reach, ends: list[str]) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(8, 3, 6, 6)
+    qmodel = qat.prepare(Activated().eval(), data, target=qat.load_target("onnxruntime-cpu"))
+    qat.calibrate(qmodel, [data], progress=False)
+    units = layer_units(qmodel, reach)
+    assert [u.name for u in units] == ends
+    seen: list[Visit] = []
+    sweep(qmodel, gather(qmodel, [data]), units, seen.append, progress=False)
+    if reach != "clamp":
+        # what is to be reproduced is the float model's activation
+        model = Activated().eval()
+        model.load_state_dict(qmodel.float_state_dict())
+        with torch.no_grad():
+            want = model.leaky(model.norm(model.first(data)))
+        torch.testing.assert_close(torch.cat(seen[0].targets), want, rtol=1e-4, atol=1e-5)
 
 
 def test_layers_that_share_a_weight_are_known() -> None:
