@@ -14,11 +14,12 @@ from qat.graph.fusions import Fusion, find_fusions
 from qat.graph.operators import ParamRef, ScalarConst
 from qat.graph.opgraph import GraphOp
 from qat.graph.plan import PlanEntry
-from qat.graph.prepared import PreparedModel, rescaled
+from qat.graph.prepared import PreparedModel
 from qat.graph.structure import Structure
-from qat.graph.subgraph import constant_value, cut, node_values
-from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program, TensorInfo
-from qat.integer.shapes import step_shape
+from qat.graph.subgraph import cut, node_values
+from qat.integer.draft import Draft
+from qat.integer.movements import emit_chain, emit_movement, emit_stack, open_batch
+from qat.integer.program import FLOAT_SUFFIX, Constant, Op, Program
 from qat.integer.weights import (
     Affine,
     folded,
@@ -71,26 +72,22 @@ class _Lowering:
         self.prepared = prepared
         self.graph, self.plan = prepared.opgraph, prepared.plan
         self.encodings = prepared.encodings()
-        self.constant_names = self.graph.constants()
         self.fx_nodes = {node.name: node for node in prepared.graph.nodes}
         self.fx_values = node_values(prepared)
-        self.ops: list[Op] = []
-        self.tensors: dict[str, TensorInfo] = {}
-        self.constants: dict[str, Constant] = {}
-        self.alias: dict[str, str] = {}
+        self.draft = Draft(prepared, self.encodings)
 
     def run(self) -> Program:
         inputs = tuple(self._input(name) for name in self.graph.inputs)
         for end, fusion in find_fusions(self.graph).items():
-            if end not in self.constant_names:
+            if end not in self.draft.constant_names:
                 self._fusion(self.plan[end], fusion)
-        outputs = tuple(self.floats(name) for name in self.graph.outputs)
+        outputs = tuple(self.draft.floats(name) for name in self.graph.outputs)
         return Program(
             inputs=inputs,
             outputs=outputs,
-            ops=tuple(self.ops),
-            tensors=self.tensors,
-            constants=self.constants,
+            ops=tuple(self.draft.ops),
+            tensors=self.draft.tensors,
+            constants=self.draft.constants,
             pack_outputs=self._pack_outputs(),
             numerics=self.plan.numerics,
         )
@@ -108,61 +105,16 @@ class _Lowering:
         dtype = self._dtype(name)
         entry = self.plan.entries.get(name)
         if entry is None or entry.decision == "float":
-            self._tensor(name, name, None, dtype)
+            self.draft.tensor(name, name, None, dtype)
             return name
         twin = name + FLOAT_SUFFIX
-        self._tensor(twin, name, None, dtype)
-        self._emit("quantize", name, (twin,), self._tensor(name, name, self.encodings[name]))
+        self.draft.tensor(twin, name, None, dtype)
+        self.draft.emit("quantize", name, (twin,), self.draft.tensor(name, name, self.encodings[name]))
         return twin
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype: torch.dtype = self.fx_nodes[self.graph.nodes[name]].meta.get("dtype", torch.float32)
         return dtype
-
-    def _tensor(self, name: str, shape_of: str, encoding: Encoding | None, dtype: torch.dtype = torch.float32) -> str:
-        shape = self.graph.shapes[shape_of]
-        return self._new(name, shape, encoding, dtype)
-
-    def _new(
-        self, name: str, shape: tuple[int, ...], encoding: Encoding | None, dtype: torch.dtype = torch.float32
-    ) -> str:
-        self.tensors[name] = TensorInfo(name, tuple(shape), encoding, dtype)
-        return name
-
-    def _emit(
-        self, kind: str, name: str, inputs: tuple[str, ...], output: str, attrs: Mapping[str, Any] | None = None,
-        macs: int = 0,
-    ) -> None:  # fmt: skip
-        self.ops.append(Op(kind, name, inputs, (output,), dict(attrs or {}), None, macs))
-
-    def _constant(self, name: str, value: Tensor, encoding: Encoding | None) -> str:
-        # a float may be the user's parameter itself, which training goes on to change
-        self.constants[name] = Constant(name, value.detach().clone() if encoding is None else value, encoding)
-        return name
-
-    def codes(self, name: str) -> str:
-        """Name of the tensor or constant that holds the codes of a value."""
-        name = self.alias.get(name, name)
-        if name in self.constant_names and name not in self.constants:
-            encoding = self.encodings[name]
-            codes = encoding.quantize(constant_value(self.prepared, name).float())
-            self._constant(name, storage(codes, encoding.dtype), encoding)
-        return name
-
-    def floats(self, name: str) -> str:
-        """Name of the tensor or constant that holds the floats of a value."""
-        name = self.alias.get(name, name)
-        if name in self.constant_names:
-            twin = name + FLOAT_SUFFIX
-            if twin not in self.constants:
-                self._constant(twin, constant_value(self.prepared, name), None)
-            return twin
-        if self.tensors.get(name) is not None and self.tensors[name].encoding is None:
-            return name
-        twin = name + FLOAT_SUFFIX
-        if twin not in self.tensors:
-            self._emit("dequantize", name, (name,), self._new(twin, self.tensors[name].shape, None))
-        return twin
 
     # -- operators
 
@@ -181,33 +133,37 @@ class _Lowering:
         """Quantize what a float operator gave, where integer operators read it."""
         if entry.decision == "integer":
             name = entry.name
-            self._emit("quantize", name, (name + FLOAT_SUFFIX,), self._tensor(name, name, self.encodings[name]))
+            self.draft.emit(
+                "quantize", name, (name + FLOAT_SUFFIX,), self.draft.tensor(name, name, self.encodings[name])
+            )
 
     def _result(self, entry: PlanEntry) -> str:
         """Name of the float result of a float operator."""
         name = entry.name + FLOAT_SUFFIX if entry.decision == "integer" else entry.name
-        return self._tensor(name, entry.name, None, self._dtype(entry.name))
+        return self.draft.tensor(name, entry.name, None, self._dtype(entry.name))
 
     def _island(self, op: GraphOp) -> None:
         node = self.fx_nodes[op.node]
         call, names = cut(self.prepared, node, self.fx_values)
         outputs = (self._result(self.plan[op.name]),)
-        inputs = tuple(self.floats(n) for n in names)
-        self.ops.append(Op("island", op.name, inputs, outputs, {"cause": op.attrs.get("cause", "")}, call, op.macs))
+        inputs = tuple(self.draft.floats(n) for n in names)
+        self.draft.ops.append(
+            Op("island", op.name, inputs, outputs, {"cause": op.attrs.get("cause", "")}, call, op.macs)
+        )
 
     def _integer(self, entry: PlanEntry, fusion: Fusion) -> None:
         op, end = fusion.ops[0], entry.name
         encoding = self.encodings[end]
         bounds = _clamp_codes(fusion.clamp, encoding) if fusion.clamp is not None else None
         result = end if bounds is None else op.name
-        self._tensor(result, op.name, encoding if result == end else encoding.derived(f"clamped into {end}"))
+        self.draft.tensor(result, op.name, encoding if result == end else encoding.derived(f"clamped into {end}"))
         self._compute(op, fusion, result, encoding)
         if fusion.clamp is not None and bounds is None:
-            self.ops[-1] = replace(self.ops[-1], saturates=dict(fusion.clamp.attrs))
+            self.draft.ops[-1] = replace(self.draft.ops[-1], saturates=dict(fusion.clamp.attrs))
         if bounds is not None:
-            self._tensor(end, end, encoding)
+            self.draft.tensor(end, end, encoding)
             assert fusion.clamp is not None
-            self._emit("clamp", end, (result,), end, fusion.clamp.attrs)
+            self.draft.emit("clamp", end, (result,), end, fusion.clamp.attrs)
 
     def _compute(self, op: GraphOp, fusion: Fusion, result: str, encoding: Encoding) -> None:
         """Emit the integer operator `op`, whose codes go to the tensor `result`."""
@@ -217,39 +173,39 @@ class _Lowering:
             self._batch_norm(op, result)
         elif op.kind in ("layer_norm", "prelu"):
             parameters = self._parameters(op)
-            self._emit(op.kind, op.name, (self.codes(op.tensors[0]), *parameters), result, op.attrs)
+            self.draft.emit(op.kind, op.name, (self.draft.codes(op.tensors[0]), *parameters), result, op.attrs)
         elif op.kind == "identity":
-            del self.tensors[result]
-            self.alias[op.name] = self.codes(op.tensors[0])
+            del self.draft.tensors[result]
+            self.draft.alias[op.name] = self.draft.codes(op.tensors[0])
         elif op.kind == "softmax" and self.graph.shapes[op.tensors[0]][op.attrs["axis"]] == 1:
             # one, whatever the input: ONNX Runtime's integer softmax over a single element overflows to zero
-            self._emit("clamp", op.name, (self.codes(op.tensors[0]),), result, {"low": 1.0, "high": 1.0})
+            self.draft.emit("clamp", op.name, (self.draft.codes(op.tensors[0]),), result, {"low": 1.0, "high": 1.0})
         elif op.kind == "concat":
-            inputs = tuple(self._requantized(self.codes(t), encoding) for t in op.tensors)
-            self._emit("concat", op.name, inputs, result, op.attrs)
+            inputs = tuple(self.draft.requantized(self.draft.codes(t), encoding) for t in op.tensors)
+            self.draft.emit("concat", op.name, inputs, result, op.attrs)
         elif op.kind == "stack":
-            self._stack(op, result, encoding)
+            emit_stack(self.draft, op, result, encoding)
         elif op.kind == "chain":
-            self._chain(op, self.codes(op.tensors[0]), result)
+            emit_chain(self.draft, op, self.draft.codes(op.tensors[0]), result)
         elif op.kind == "pad" and not self._same_grid(op.tensors[0], encoding):
-            source = self._requantized(self.codes(op.tensors[0]), encoding)
-            self._emit("pad", op.name, (source,), result, op.attrs)
+            source = self.draft.requantized(self.draft.codes(op.tensors[0]), encoding)
+            self.draft.emit("pad", op.name, (source,), result, op.attrs)
         else:
             inputs = tuple(self._operand(op, i, scalar) for i, scalar in enumerate(op.inputs))
-            self._emit(op.kind, op.name, inputs, result, op.attrs, op.macs)
+            self.draft.emit(op.kind, op.name, inputs, result, op.attrs, op.macs)
 
     def _same_grid(self, name: str, encoding: Encoding) -> bool:
-        held = self.tensors[self.codes(name)].encoding
+        held = self.draft.tensors[self.draft.codes(name)].encoding
         return held is not None and held.same_grid(encoding)
 
     def _operand(self, op: GraphOp, position: int, item: str | ParamRef | ScalarConst | None) -> str:
         if isinstance(item, str):
-            return self.codes(item)
+            return self.draft.codes(item)
         if isinstance(item, ScalarConst):
             key = f"{op.name}.scalar{position}"
             dtype = self.encodings[self.plan[op.name].source_tensor or self._end(op.name)].dtype
             encoding, codes = _scalar(item.value, dtype)
-            return self._constant(key, codes, encoding)
+            return self.draft.constant(key, codes, encoding)
         return ""
 
     def _end(self, name: str) -> str:
@@ -258,51 +214,38 @@ class _Lowering:
     def _float_parameter(self, item: str | ParamRef | ScalarConst | None) -> str:
         if not isinstance(item, ParamRef):
             return ""
-        if item.key not in self.constants:
-            self._constant(item.key, parameter(self.prepared, item)[0].float(), None)
+        if item.key not in self.draft.constants:
+            self.draft.constant(item.key, parameter(self.prepared, item)[0].float(), None)
         return item.key
 
     def _parameters(self, op: GraphOp) -> tuple[str, ...]:
         """Names of the slopes, or of factor and offset, of an integer operator: floats, or codes of their own."""
         if op.kind not in self.plan.constraints.quantized_parameters:
             return tuple(self._float_parameter(i) for i in op.inputs[1:])
-        held = self._held(self.codes(op.tensors[0]))
+        held = self.draft.held(self.draft.codes(op.tensors[0]))
         assert held is not None
         refs = [i if isinstance(i, ParamRef) else None for i in op.inputs[1:]]
         values = [parameter(self.prepared, i)[0].float() if i else None for i in refs]
         # another input scale asks for another offset
-        keys = [f"{i.key}#{op.name}" if i and i.key in self.constants else i.key if i else "" for i in refs]
+        keys = [f"{i.key}#{op.name}" if i and i.key in self.draft.constants else i.key if i else "" for i in refs]
         if op.kind == "layer_norm" and values[0] is None:
             # the factor of a layer norm is no optional operand of runtimes, and theirs would be floats
             sizes = self.graph.shapes[op.name][-op.attrs["axes_count"] :]
             keys[0], values[0] = f"{op.name}.weight", torch.ones(sizes)
         made = quantize_parameters(op.name, tuple(keys), tuple(values), held)
-        self.constants.update({constant.name: constant for constant in made})
+        self.draft.constants.update({constant.name: constant for constant in made})
         return tuple(keys)
-
-    def _requantized(self, source: str, encoding: Encoding) -> str:
-        held = self._held(source)
-        if held is None or held.same_grid(encoding):
-            return source
-        name = f"{source}:as:{encoding.dtype}:{encoding.scale[0]:.9g}:{encoding.zero_point[0]}"
-        if name not in self.tensors:
-            shape = self.tensors[source].shape if source in self.tensors else tuple(self.constants[source].value.shape)
-            self._emit("requantize", name, (source,), self._new(name, shape, encoding.derived(f"requantized {source}")))
-        return name
-
-    def _held(self, source: str) -> Encoding | None:
-        return self.constants[source].encoding if source in self.constants else self.tensors[source].encoding
 
     # -- operators with weights
 
     def _weighted(self, op: GraphOp, affine: Affine, result: str) -> None:
         assert op.weight is not None
-        source = self.codes(op.tensors[0])
-        held, scheme = self._held(source), self.plan[op.weight.key].scheme
+        source = self.draft.codes(op.tensors[0])
+        held, scheme = self.draft.held(source), self.plan[op.weight.key].scheme
         assert held is not None
         assert scheme is not None
         weight_key, bias_key = op.weight.key, _bias_key(op)
-        if weight_key in self.constants:
+        if weight_key in self.draft.constants:
             # a reused module: another input scale asks for another bias
             weight_key, bias_key = f"{weight_key}#{op.name}", f"{bias_key}#{op.name}"
         weight, bias = quantize_affine(op.name, (weight_key, bias_key), affine, scheme, held)
@@ -312,19 +255,19 @@ class _Lowering:
         self, op: GraphOp, source: str, weight: Constant, bias: Constant | None, result: str, attrs: Mapping[str, Any],
         kind: str | None = None,
     ) -> None:  # fmt: skip
-        self.constants[weight.name] = weight
+        self.draft.constants[weight.name] = weight
         if bias is not None:
-            self.constants[bias.name] = bias
+            self.draft.constants[bias.name] = bias
         inputs = (source, weight.name, bias.name if bias is not None else "")
-        self._emit(kind or op.kind, op.name, inputs, result, attrs, op.macs)
+        self.draft.emit(kind or op.kind, op.name, inputs, result, attrs, op.macs)
 
     def _batch_norm(self, op: GraphOp, result: str) -> None:
         """A batch norm that could not be folded is a depthwise convolution with kernel 1."""
-        source = self.codes(op.tensors[0])
-        held = self._held(source)
+        source = self.draft.codes(op.tensors[0])
+        held = self.draft.held(source)
         assert held is not None
         factor, shift = norm_affine(self.prepared, op)
-        shape = self.tensors[result].shape
+        shape = self.draft.tensors[result].shape
         spatial = max(len(shape) - 2, 1)
         weight_value = factor.float().reshape(-1, 1, *([1] * spatial))
         affine = Affine(weight_value, shift, 0, None, weight_value)
@@ -339,109 +282,57 @@ class _Lowering:
             self._emit_weighted(op, source, weight, bias, result, attrs, "conv")
             return
         columns = (*shape, 1)
-        before = self._new(f"{op.name}:columns", columns, held.derived(f"reshape of {source}"))
-        self._emit("reshape", before, (source,), before, {"shape": _open_batch(columns)})
-        after = self._new(f"{op.name}:normalized", columns, self.tensors[result].encoding)
+        before = self.draft.new(f"{op.name}:columns", columns, held.derived(f"reshape of {source}"))
+        self.draft.emit("reshape", before, (source,), before, {"shape": open_batch(columns)})
+        after = self.draft.new(f"{op.name}:normalized", columns, self.draft.tensors[result].encoding)
         self._emit_weighted(op, before, weight, bias, after, attrs, "conv")
-        self._emit("reshape", op.name, (after,), result, {"shape": _open_batch(shape)})
-
-    # -- sequences of data movements
-
-    def _chain(self, op: GraphOp, source: str, result: str) -> None:
-        steps = list(op.attrs["steps"])
-        for number, (kind, attrs) in enumerate(steps):
-            last = number == len(steps) - 1
-            target = result
-            if not last:
-                held = self._held(source)
-                step_encoding = (
-                    held if held is None or kind != "rescale" else rescaled(held, attrs["factor"], "rescale")
-                )
-                shape = step_shape(kind, attrs, self.tensors[source].shape)
-                target = self._new(f"{op.name}:{number}", shape, step_encoding)
-            self._move(op.name if last else target, kind, attrs, source, target)
-            source = target
-
-    def _move(self, name: str, kind: str, attrs: Mapping[str, Any], source: str, target: str) -> None:
-        if kind != "roll":
-            self._emit(kind, name, (source,), target, attrs)
-            return
-        shape, held = self.tensors[source].shape, self._held(source)
-        pairs = [(s, a) for s, a in zip(attrs["shifts"], attrs["axes"], strict=True) if s % shape[a]]
-        for number, (shift, axis) in enumerate(pairs):
-            cut_at = shape[axis] - shift % shape[axis]
-            halves = []
-            for label, start, end in (("tail", cut_at, shape[axis]), ("head", 0, cut_at)):
-                half_shape = tuple(end - start if d == axis else s for d, s in enumerate(shape))
-                half = self._new(f"{name}:{label}{number}", half_shape, held)
-                self._emit(
-                    "slice", half, (source,), half, {"axes": (axis,), "starts": (start,), "ends": (end,), "steps": (1,)}
-                )
-                halves.append(half)
-            last = number == len(pairs) - 1
-            joined = target if last else self._new(f"{name}:rolled{number}", shape, held)
-            self._emit("concat", name if last else joined, tuple(halves), joined, {"axis": axis})
-            source = joined
-        if not pairs:
-            self._emit("reshape", name, (source,), target, {"shape": _open_batch(shape)})
-
-    def _stack(self, op: GraphOp, result: str, encoding: Encoding | None) -> None:
-        axis = op.attrs["axis"]
-        columns = []
-        for number, tensor in enumerate(op.tensors):
-            source = self.codes(tensor) if encoding is not None else self.floats(tensor)
-            if encoding is not None:
-                source = self._requantized(source, encoding)
-            shape = list(self.tensors[source].shape)
-            shape.insert(axis, 1)
-            column = self._new(f"{op.name}:column{number}", tuple(shape), self._held(source))
-            self._emit("reshape", column, (source,), column, {"shape": _open_batch(tuple(shape))})
-            columns.append(column)
-        self._emit("concat", op.name, tuple(columns), result, {"axis": axis})
+        self.draft.emit("reshape", op.name, (after,), result, {"shape": open_batch(shape)})
 
     # -- float operators
 
     def _float(self, entry: PlanEntry, fusion: Fusion) -> None:
         op = fusion.ops[0]
         result = self._result(entry)
-        first = result if fusion.clamp is None else self._tensor(op.name + FLOAT_SUFFIX, op.name, None)
+        first = result if fusion.clamp is None else self.draft.tensor(op.name + FLOAT_SUFFIX, op.name, None)
         if op.kind in _WEIGHTED:
             affine = folded(self.prepared, fusion)
             assert op.weight is not None
             key, bias_key = op.weight.key, ""
-            self._constant(key, affine.weight, None)
+            self.draft.constant(key, affine.weight, None)
             if affine.bias is not None:
-                bias_key = self._constant(_bias_key(op), affine.bias.float(), None)
-            self._emit(op.kind, op.name, (self.floats(op.tensors[0]), key, bias_key), first, op.attrs, op.macs)
+                bias_key = self.draft.constant(_bias_key(op), affine.bias.float(), None)
+            self.draft.emit(
+                op.kind, op.name, (self.draft.floats(op.tensors[0]), key, bias_key), first, op.attrs, op.macs
+            )
         elif op.kind == "batch_norm":
             self._float_batch_norm(op, first)
         elif op.kind == "chain":
-            self._chain(op, self.floats(op.tensors[0]), first)
+            emit_chain(self.draft, op, self.draft.floats(op.tensors[0]), first)
         elif op.kind == "roll":
-            self._move(op.name, op.kind, op.attrs, self.floats(op.tensors[0]), first)
+            emit_movement(self.draft, op.name, op.kind, op.attrs, self.draft.floats(op.tensors[0]), first)
         elif op.kind == "stack":
-            self._stack(op, first, None)
+            emit_stack(self.draft, op, first, None)
         else:
             inputs = tuple(self._float_operand(op, number, item) for number, item in enumerate(op.inputs))
-            self._emit(op.kind, op.name, inputs, first, op.attrs, op.macs)
+            self.draft.emit(op.kind, op.name, inputs, first, op.attrs, op.macs)
         if fusion.clamp is not None:
-            self._emit("clamp", entry.name, (first,), result, fusion.clamp.attrs)
+            self.draft.emit("clamp", entry.name, (first,), result, fusion.clamp.attrs)
 
     def _float_operand(self, op: GraphOp, position: int, item: str | ParamRef | ScalarConst | None) -> str:
         if isinstance(item, str):
-            return self.floats(item)
+            return self.draft.floats(item)
         if isinstance(item, ScalarConst):
-            return self._constant(f"{op.name}.scalar{position}", torch.tensor(item.value), None)
+            return self.draft.constant(f"{op.name}.scalar{position}", torch.tensor(item.value), None)
         return self._float_parameter(item)
 
     def _float_batch_norm(self, op: GraphOp, result: str) -> None:
         factor, shift = norm_affine(self.prepared, op)
         shape = [-1 if d == 1 else 1 for d in range(len(self.graph.shapes[op.name]))]
-        scale = self._constant(f"{op.name}.scale", factor.float().reshape(shape), None)
-        offset = self._constant(f"{op.name}.shift", shift.float().reshape(shape), None)
-        scaled = self._new(f"{op.name}:scaled", self.graph.shapes[op.name], None)
-        self._emit("mul", scaled, (self.floats(op.tensors[0]), scale), scaled)
-        self._emit("add", op.name, (scaled, offset), result)
+        scale = self.draft.constant(f"{op.name}.scale", factor.float().reshape(shape), None)
+        offset = self.draft.constant(f"{op.name}.shift", shift.float().reshape(shape), None)
+        scaled = self.draft.new(f"{op.name}:scaled", self.graph.shapes[op.name], None)
+        self.draft.emit("mul", scaled, (self.draft.floats(op.tensors[0]), scale), scaled)
+        self.draft.emit("add", op.name, (scaled, offset), result)
 
 
 def _bias_key(op: GraphOp) -> str:
@@ -451,10 +342,6 @@ def _bias_key(op: GraphOp) -> str:
     assert op.weight is not None
     prefix = op.weight.key.rpartition(".")[0]
     return f"{prefix}.bias" if prefix else "bias"
-
-
-def _open_batch(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(-1 if size < 0 else size for size in shape)
 
 
 def _clamp_codes(clamp: GraphOp, encoding: Encoding) -> tuple[int, int] | None:
