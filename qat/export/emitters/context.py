@@ -1,4 +1,4 @@
-"""The ONNX graph under construction: nodes, initializers, and where every value of the program lives in it.
+"""`Context`: the ONNX graph of a program under construction, and where every value of the program lives in it.
 
 The spelling is QDQ: an operator computes on floats, each quantized value passes through QuantizeLinear and
 DequantizeLinear, and runtimes fuse the three to an integer operator. A value `v` of the program appears as
@@ -18,16 +18,15 @@ of a type that MaxPool does not have.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
-import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from qat.encoding import Encoding
 from qat.errors import ExportError
+from qat.export.emitters.onnx_graph import OnnxGraph
 from qat.export.emitters.types import FLOAT_TYPES, ONNX_TYPES, eight_bits, integer_tensor, whole
 from qat.integer.program import Op, Program, TensorInfo
 from qat.scheme import int_type
@@ -52,8 +51,8 @@ FourBitWeights = Literal["cast", "direct"]
 Emitter = Callable[["Context", Op], None]
 
 
-class Context:
-    """The ONNX graph under construction.
+class Context(OnnxGraph):
+    """The ONNX graph of a program under construction.
 
     Args:
         program: What is exported.
@@ -65,21 +64,12 @@ class Context:
     def __init__(
         self, program: Program, opset: int, batch: int | None, four_bit_weights: FourBitWeights = "cast"
     ) -> None:
+        public = {info.public_name for info in program.tensors.values()}
+        super().__init__(opset, public | {f"{info.name}/codes" for info in program.tensors.values() if info.encoding})
         self.program = program
         self.four_bit_weights = four_bit_weights
-        self.opset = opset
         self.batch = batch
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, TensorProto] = {}
-        self.value_infos: dict[str, onnx.ValueInfoProto] = {}
-        self.opset_imports: dict[str, int] = {"": opset}
-        self._used: set[str] = {info.public_name for info in program.tensors.values()}
-        self._used.update(f"{info.name}/codes" for info in program.tensors.values() if info.encoding)
-        self._constants_by_content: dict[tuple[str, tuple[int, ...], bytes], str] = {}
         self._quantization_parameters: dict[tuple[str, bytes, bytes, str], list[str]] = {}
-        #: names of values that exist: inputs, and outputs of nodes
-        self.written: set[str] = set()
-        self._node_names: dict[str, int] = {}
         #: encodings of the outputs of DequantizeLinear on activations
         self._dequantized: dict[str, Encoding] = {}
         self._codes: dict[str, str] = {}
@@ -89,22 +79,6 @@ class Context:
         self._dequantized_outputs = {
             op.inputs[0]: op.outputs[0] for op in program.ops if op.kind == "dequantize" and op.outputs[0] in outputs
         }
-
-    # names ------------------------------------------------------------------------------------------------
-
-    def fresh(self, wanted: str) -> str:
-        """Reserve `wanted`, or the first of `wanted~2`, `wanted~3`, ... that is free."""
-        name, count = wanted, 1
-        while name in self._used:
-            count += 1
-            name = f"{wanted}~{count}"
-        self._used.add(name)
-        return name
-
-    def fresh_node(self, wanted: str) -> str:
-        """Return `wanted` as the name of a node, numbered from its second use on."""
-        count = self._node_names[wanted] = self._node_names.get(wanted, 0) + 1
-        return wanted if count == 1 else f"{wanted}~{count}"
 
     # shapes -----------------------------------------------------------------------------------------------
 
@@ -150,63 +124,6 @@ class Context:
                 parts.append(self.node("Mul", [batch, self.constant(np.array([-size]), "size")], where=f"{where}/size"))
         return parts[0] if len(parts) == 1 else self.node("Concat", parts, where=f"{where}/shape", axis=0)
 
-    # nodes and constants ----------------------------------------------------------------------------------
-
-    def node(
-        self,
-        op_type: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str] | None = None,
-        *,
-        where: str = "",
-        **attributes: Any,
-    ) -> str:
-        """Append a node; return the name of its first output.
-
-        Args:
-            op_type: Standard ONNX operator.
-            inputs: Names; trailing empty ones are dropped.
-            outputs: Names, or None for a new one made of `where`.
-            where: Base of the node's name (default: the first output).
-            **attributes: Attributes; None is left out.
-        """
-        kept = list(inputs)
-        while kept and not kept[-1]:
-            kept.pop()
-        results = [self.fresh(f"{where}/{op_type.lower()}")] if outputs is None else list(outputs)
-        given = {key: value for key, value in attributes.items() if value is not None}
-        name = self.fresh_node(f"{where or results[0]}/{op_type}")
-        self.written.update(results)
-        self.nodes.append(helper.make_node(op_type, kept, results, name=name, **given))
-        return results[0]
-
-    def constant(self, values: npt.NDArray[Any], wanted: str) -> str:
-        """Return the name of an initializer with these values; equal ones are shared."""
-        key = (str(values.dtype), values.shape, values.tobytes())
-        name = self._constants_by_content.get(key)
-        if name is None:
-            name = self.fresh(wanted)
-            self._constants_by_content[key] = name
-            self.initializers[name] = numpy_helper.from_array(np.asarray(values, order="C"), name)
-        return name
-
-    def integers(self, values: Sequence[int], wanted: str) -> str:
-        """Return the name of an int64 vector."""
-        return self.constant(np.array(values, dtype=np.int64), wanted)
-
-    def scalar(self, value: float, wanted: str) -> str:
-        """Return the name of a float32 scalar."""
-        return self.constant(np.array(value, dtype=np.float32), wanted)
-
-    def add_initializer(self, tensor: TensorProto) -> str:
-        """Add an initializer under its own, already reserved, name."""
-        self.initializers[tensor.name] = tensor
-        return tensor.name
-
-    def declare(self, onnx_name: str, element_type: int, dimensions: Sequence[int | str]) -> None:
-        """Record type and shape of a value."""
-        self.value_infos[onnx_name] = helper.make_tensor_value_info(onnx_name, element_type, list(dimensions))
-
     # values of the program --------------------------------------------------------------------------------
 
     def value(self, name: str) -> str:
@@ -233,7 +150,7 @@ class Context:
     def float_constant(self, name: str, shape: Sequence[int]) -> str:
         """A constant in another shape, as ONNX wants it for PRelu slopes and the like; dequantized from its codes."""
         constant = self.program.constants[name]
-        unique = name if name not in self._used else f"{name}/reshaped"
+        unique = name if not self.is_used(name) else f"{name}/reshaped"
         if constant.encoding is None:
             return self.constant(constant.value.detach().to(torch.float32).numpy().reshape(tuple(shape)), unique)
         unique = self.fresh(unique)
