@@ -1,6 +1,7 @@
 """QLinearAdd and QLinearMul of ONNX Runtime for 64-bit ARM.
 
-Sources: ONNX Runtime's `mlas/lib/qladd.cpp` and `qlmul.cpp` (NEON); which sums its compiler fuses was found by running it.
+Sources: ONNX Runtime's `mlas/lib/qladd.cpp` and `qlmul.cpp` (NEON); which sums its compiler fuses was found by running
+it.
 """
 
 from __future__ import annotations

@@ -28,16 +28,34 @@ def layer_norm(
 ) -> Tensor:
     """Layer normalization, value by value after Welford (1962); arguments as for `kernels.layer_norm.layer_norm`."""
     rows = rows_of(codes, x, normalized_dims)
-    mean = torch.zeros_like(rows[:, 0])
-    squares = torch.zeros_like(mean)
-    for number, value in enumerate(rows.t().contiguous().unbind(0), start=1):
-        deviation = value - mean
-        mean = mean + deviation / float32_scalar(number, rows)
-        squares = fma(deviation, value - mean, squares)
+    mean, squares = _welford(rows.t().contiguous())
     count = float32_scalar(rows.shape[1], rows)
     deviation = root(squares / count + float32_scalar(epsilon, rows))
     real = affine((rows - mean[:, None]) / deviation[:, None], weight, bias)
     return quantize(real.reshape(codes.shape), y)
+
+
+def _welford(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and sum of squared deviations, of each column."""
+    counts = torch.arange(1, len(values) + 1, dtype=torch.float32, device=values.device)
+    mean = torch.zeros_like(values[0])
+    before, after = [], []
+    for value, count in zip(values.unbind(0), counts.unbind(0), strict=True):
+        before.append(value - mean)
+        mean = mean + before[-1] / count
+        after.append(value - mean)
+    left, right = torch.stack(before), torch.stack(after)
+    totals = [torch.zeros_like(mean)]
+    for product in (left.double() * right.double()).unbind(0):
+        totals.append((totals[-1] + product).to(torch.float32))
+    # rounded to float64 and then to float32, which nearly always is the fused sum; all of them are looked at together
+    sums = torch.stack(totals)
+    if not torch.equal(fma(left, right, sums[:-1]), sums[1:]):
+        total = totals[0]
+        for a, b in zip(left.unbind(0), right.unbind(0), strict=True):
+            total = fma(a, b, total)
+        return mean, total
+    return mean, totals[-1]
 
 
 def resize_bilinear(

@@ -79,7 +79,11 @@ def add_by(kernel: Kernel, a_codes: Tensor, a: QParams, b_codes: Tensor, b: QPar
 
     Args:
         kernel: QLinearAdd of one instruction set, for 8-bit codes; arguments and result as for `add`.
-        a_codes: As for `add`, and so are the others.
+        a_codes: As for `add`.
+        a: As for `add`.
+        b_codes: As for `add`.
+        b: As for `add`.
+        y: As for `add`.
     """
     if a.wide or b.wide or y.wide:
         return quantize(dequantize(a_codes, a) + dequantize(b_codes, b), y)
