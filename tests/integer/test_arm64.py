@@ -189,7 +189,9 @@ class Plain(Residual):
 def prepared(model: nn.Module) -> tuple[qat.PreparedModel, torch.Tensor]:
     torch.manual_seed(0)
     x = torch.randn(64, 3, 8, 8)
-    qmodel = qat.prepare(model.eval(), x, target=qat.load_target("arm-cpu"))
+    # powers of two: many sums are ties, where the profiles differ
+    scheme = {"activations": {"power_of_two": True}}
+    qmodel = qat.prepare(model.eval(), x, target=qat.load_target("arm-cpu"), scheme=scheme)
     qat.calibrate(qmodel, [x], progress=False)
     return qmodel, x
 
@@ -203,7 +205,7 @@ def test_converting_to_the_profile(tmp_path: Path) -> None:
     name = imodel.program.ops[-1].inputs[0]
     apart = (imodel.run((x,), {name})[name] - other.run((x,), {name})[name]).abs()
     assert apart.max() == 1
-    assert (apart > 0).float().mean() < 0.01
+    assert (apart > 0).float().mean() < 0.5
     with pytest.raises(ExportError, match="not 'onnx-arm64'"):
         write_plan(imodel, tmp_path)
     with pytest.raises(ExportError, match="unknown numerics profile 'onnx-arm'; use one of onnx, onnx-arm64, tflite"):
