@@ -35,7 +35,7 @@ class NumericsProfile:
     """How a runtime rounds and requantizes.
 
     Attributes:
-        name: `onnx` or `tflite`.
+        name: `onnx`, `onnx-arm64` or `tflite`.
         rounding: How QuantizeLinear rounds ties.
         requantize: `float32` multiplies the accumulator by a float32 multiplier and rounds half to even; `fixed_point`
             multiplies by a 31-bit integer and shifts.
@@ -47,6 +47,7 @@ class NumericsProfile:
 
 
 ONNX = NumericsProfile("onnx", "half_even", "float32")
+ONNX_ARM64 = NumericsProfile("onnx-arm64", "half_even", "float32")
 TFLITE = NumericsProfile("tflite", "half_away", "fixed_point")
 
 

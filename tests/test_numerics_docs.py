@@ -23,7 +23,7 @@ def test_integer_types() -> None:
     }
 
 
-@pytest.mark.parametrize("profile", [numerics.ONNX, numerics.TFLITE])
+@pytest.mark.parametrize("profile", [numerics.ONNX, numerics.ONNX_ARM64, numerics.TFLITE])
 def test_profiles(profile: numerics.NumericsProfile) -> None:
     assert f"| `{profile.name}` | {profile.rounding} | {profile.requantize} |" in PAGE
 

@@ -279,7 +279,7 @@ def convert(qmodel: PreparedModel, numerics: str | None = None) -> IntegerModel:
 
     Args:
         qmodel: The model.
-        numerics: The numerics profile, `onnx` or `tflite`; None for that of the plan's target.
+        numerics: The numerics profile, `onnx`, `onnx-arm64` or `tflite`; None for that of the plan's target.
 
     Raises:
         StateError: A tensor was not calibrated; it is named.

@@ -117,7 +117,9 @@ def _linear(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding)
     return linear.linear(x.value, x.params, weight.value, scale, bias_codes, qparams(y), plan)
 
 
-def _binary(run: Callable[..., Tensor]) -> CodeOperator:
+def binary(run: Callable[..., Tensor]) -> CodeOperator:
+    """Return the operator that a kernel of two tensors of codes is."""
+
     def compute(attrs: Mapping[str, Any], inputs: list[Operand | None], y: Encoding) -> Tensor:
         a, b = inputs
         assert a is not None
@@ -241,11 +243,11 @@ CODE_OPERATORS: Mapping[str, CodeOperator] = MappingProxyType(
         "conv": _conv,
         "conv_transpose": _conv_transpose,
         "linear": _linear,
-        "matmul": _binary(linear.matmul),
-        "add": _binary(elementwise.add),
-        "sub": _binary(elementwise.sub),
-        "mul": _binary(elementwise.mul),
-        "div": _binary(elementwise.div),
+        "matmul": binary(linear.matmul),
+        "add": binary(elementwise.add),
+        "sub": binary(elementwise.sub),
+        "mul": binary(elementwise.mul),
+        "div": binary(elementwise.div),
         "clamp": _clamp,
         "table": _table,
         "prelu": _prelu,

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from qat.errors import ExportError
 from qat.packages import arm64_child
@@ -24,8 +23,6 @@ _EMULATOR = "qemu-aarch64-static"
 _PROCESSOR = "neoverse-n1"
 _STAMP = ".qat-arm64-root"
 _PYTHON = "usr/bin/python3.11"
-#: codes of 8 bits that the outputs of a network with additions may be apart: 7 seen (mobilenet_v2, trained)
-_ADDITIONS = 32.0
 #: an image takes a second or two, starting Python with its libraries about ten
 _SAMPLES = 2
 
@@ -39,10 +36,8 @@ def arm64_root() -> Path:
 def arm64_executors() -> tuple[Executor, ...]:
     """Return ONNX Runtime, and LiteRT's reference and default kernels, for ARM64.
 
-    ONNX Runtime is held to one code, as on x86, and networks with additions to `_ADDITIONS`: QLinearAdd for ARM64
-    rounds otherwise than the one for x86 that the simulation follows (docs/onnxruntime.md), by one code in a few
-    elements, which a network amplifies. LiteRT's reference kernels must equal the simulation; its default kernels round
-    otherwise and are recorded.
+    ONNX Runtime is compared with the profile `onnx-arm64` (docs/onnxruntime.md), and held to one code, as on x86.
+    LiteRT's reference kernels must equal the simulation; its default kernels round otherwise and are recorded.
     """
     return (
         Executor(
@@ -51,7 +46,8 @@ def arm64_executors() -> tuple[Executor, ...]:
             runtime=lambda: _described("onnxruntime", "ONNX Runtime"),
             missing=missing_root,
             run=_run("onnxruntime"),
-            bound=_onnx_bound,
+            numerics="onnx-arm64",
+            bound=1.0,
             samples=_SAMPLES,
         ),
         Executor(
@@ -72,11 +68,6 @@ def arm64_executors() -> tuple[Executor, ...]:
             role="record",
         ),
     )
-
-
-def _onnx_bound(file: Path) -> float:
-    nodes = onnx.load(str(file), load_external_data=False).graph.node
-    return _ADDITIONS if any(node.op_type == "Add" for node in nodes) else 1.0
 
 
 def missing_root() -> Missing | None:

@@ -25,6 +25,7 @@ class Artifact:
         inputs: Its inputs, in order.
         outputs: Its outputs, in order.
         options: What it was made for, such as `{"htp_arch": "73"}`.
+        also_simulated: Other profiles that the golden outputs were simulated in, for the runtimes that compute so.
     """
 
     path: str
@@ -33,3 +34,4 @@ class Artifact:
     inputs: tuple[TensorContract, ...]
     outputs: tuple[TensorContract, ...]
     options: tuple[tuple[str, str], ...] = ()
+    also_simulated: tuple[str, ...] = ()

@@ -18,10 +18,12 @@ from qat.export.model import split
 from qat.export.onnx import qat_version
 from qat.graph.batches import model_inputs
 from qat.graph.prepared import PreparedModel
+from qat.integer.profiles import same_arithmetic
+from qat.packages.artifact import Artifact
 from qat.packages.deploy.write import write_deploy
-from qat.packages.executor import Check
+from qat.packages.executor import Check, Executor
 from qat.packages.folder import staged_folder
-from qat.packages.golden import golden_samples, write_golden
+from qat.packages.golden import golden_samples, write_golden, write_outputs
 from qat.packages.kinds import kind_for
 from qat.packages.manifest import Manifest, checksums, write_manifest
 from qat.packages.readme import readme
@@ -99,12 +101,11 @@ def package(
     source = Source(qmodel, name, _batches(qmodel, samples, golden), targets)
     with staged_folder(Path(folder), overwrite=overwrite) as stage:
         artifacts, omitted = kind.write(source, stage, mode)
-        simulations = {numerics: source.simulation(numerics) for numerics in {a.numerics for a in artifacts}}
-        for artifact in artifacts:
-            write_golden(stage, artifact, *golden_samples(simulations[artifact.numerics], artifact, source.batches))
+        executors = kind.executors(targets)
+        artifacts = tuple(_with_golden(source, stage, artifact, executors) for artifact in artifacts)
         write_deploy(stage, kind.name, name, artifacts, len(source.batches))
         source.encodings.save(stage / ENCODINGS)
-        checks = execute(stage, artifacts, len(source.batches), kind.executors(targets), say)
+        checks = execute(stage, artifacts, len(source.batches), executors, say)
         failed = [check for check in checks if check.status == "failed"]
         if failed:
             raise VerificationError(
@@ -125,6 +126,19 @@ def package(
         manifest = replace(manifest, files=checksums(stage))
         write_manifest(stage, manifest)
     return Package(Path(folder), manifest)
+
+
+def _with_golden(source: Source, folder: Path, artifact: Artifact, executors: Sequence[Executor]) -> Artifact:
+    """Write the golden samples of an artifact, in its profile and in those of the runtimes that have another."""
+    simulation = source.simulation(artifact.numerics)
+    inputs, outputs = golden_samples(simulation, artifact, source.batches)
+    write_golden(folder, artifact, inputs, outputs)
+    profiles = {e.numerics for e in executors if e.accepts(artifact)} - {"", artifact.numerics}
+    for profile in sorted(profiles):
+        if not same_arithmetic(simulation.program, profile):
+            other = golden_samples(source.simulation(profile), artifact, source.batches)[1]
+            write_outputs(folder, artifact, other, profile, outputs)
+    return replace(artifact, also_simulated=tuple(sorted(profiles)))
 
 
 def _batches(qmodel: PreparedModel, samples: Iterable[Any] | None, golden: int) -> tuple[tuple[Tensor, ...], ...]:

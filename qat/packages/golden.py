@@ -1,7 +1,8 @@
 """Golden samples: inputs of an artifact and the outputs that the simulation has for them.
 
 They are kept as the artifact takes and gives them, so that a device's answer is compared byte by byte:
-`golden/<artifact>/<sample>/input_<k>.npy` and `output_<k>.npy`, numbered in the artifact's order.
+`golden/<artifact>/<sample>/input_<k>.npy` and `output_<k>.npy`, numbered in the artifact's order. Outputs of another
+numerics profile than the artifact's are in `golden/<artifact>/<sample>/<profile>/`, for the samples where they differ.
 """
 
 from __future__ import annotations
@@ -73,14 +74,35 @@ def write_golden(root: Path, artifact: Artifact, inputs: Sequence[Sample], outpu
     """Write the samples of an artifact below a package's folder."""
     for number, (given, expected) in enumerate(zip(inputs, outputs, strict=True)):
         folder = sample_folder(root, artifact, number)
-        folder.mkdir(parents=True)
-        for kind, contracts, arrays in (("input", artifact.inputs, given), ("output", artifact.outputs, expected)):
-            for index, contract in enumerate(contracts):
-                np.save(folder / f"{kind}_{index}.npy", arrays[contract.name], allow_pickle=False)
+        _write(folder, "input", artifact.inputs, given)
+        _write(folder, "output", artifact.outputs, expected)
 
 
-def read_golden(root: Path, artifact: Artifact, count: int) -> tuple[list[Sample], list[Sample]]:
+def write_outputs(
+    root: Path, artifact: Artifact, outputs: Sequence[Sample], profile: str, own: Sequence[Sample]
+) -> None:
+    """Write the outputs of another profile where they differ from those of the artifact's own."""
+    for number, (expected, known) in enumerate(zip(outputs, own, strict=True)):
+        if any(expected[c.name].tobytes() != known[c.name].tobytes() for c in artifact.outputs):
+            _write(sample_folder(root, artifact, number) / profile, "output", artifact.outputs, expected)
+
+
+def _write(folder: Path, kind: str, contracts: Sequence[TensorContract], arrays: Sample) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, contract in enumerate(contracts):
+        np.save(folder / f"{kind}_{index}.npy", arrays[contract.name], allow_pickle=False)
+
+
+def read_golden(
+    root: Path, artifact: Artifact, count: int, profile: str | None = None
+) -> tuple[list[Sample], list[Sample]]:
     """Read the samples of an artifact.
+
+    Args:
+        root: The package's folder.
+        artifact: The artifact.
+        count: Number of samples.
+        profile: Numerics profile of the outputs, the artifact's own or one that it was `also_simulated` in.
 
     Raises:
         DataError: A file is missing, no array, or not what the artifact's contract says; it is named.
@@ -90,7 +112,9 @@ def read_golden(root: Path, artifact: Artifact, count: int) -> tuple[list[Sample
     for number in range(count):
         folder = sample_folder(root, artifact, number)
         inputs.append({c.name: _read(folder / f"input_{k}.npy", c) for k, c in enumerate(artifact.inputs)})
-        outputs.append({c.name: _read(folder / f"output_{k}.npy", c) for k, c in enumerate(artifact.outputs)})
+        other = folder / profile if profile else folder
+        place = other if other.is_dir() else folder
+        outputs.append({c.name: _read(place / f"output_{k}.npy", c) for k, c in enumerate(artifact.outputs)})
     return inputs, outputs
 
 

@@ -19,6 +19,8 @@ FILE = "manifest.json"
 SCHEMA = "qat-package"
 VERSION = 1
 
+_PROFILES = ("onnx", "onnx-arm64", "tflite")
+
 #: every artifact was executed and held; some were not; none was
 Standing = Literal["verified", "partly verified", "unverified", "failed"]
 
@@ -72,6 +74,7 @@ class Manifest:
                     "inputs": [contract.to_json() for contract in artifact.inputs],
                     "outputs": [contract.to_json() for contract in artifact.outputs],
                     "options": dict(artifact.options),
+                    "also_simulated": list(artifact.also_simulated),
                 }
                 for artifact in self.artifacts
             ],
@@ -139,10 +142,12 @@ def _manifest(data: Mapping[str, Any]) -> Manifest:
         Artifact(
             _text(entry["path"]),
             _one_of(entry["format"], get_args(Format)),
-            _one_of(entry["numerics"], ("onnx", "tflite")),
+            _one_of(entry["numerics"], _PROFILES),
             tuple(_contract(c) for c in entry["inputs"]),
             tuple(_contract(c) for c in entry["outputs"]),
             tuple((_text(k), _text(v)) for k, v in entry["options"].items()),
+            # packages of older versions have no such key
+            tuple(_one_of(name, _PROFILES) for name in entry.get("also_simulated", [])),
         )
         for entry in data["artifacts"]
     )

@@ -68,10 +68,14 @@ class Graph:
         zero = self.constant(np.zeros(tuple(s.shape)), dtype)
         return self.op("DequantizeLinear", self.constant(codes, dtype), self.constant(s, "float32"), zero, **attributes)
 
-    def run(self, optimized: str | None = None, entries: Mapping[str, str] | None = None) -> list[Tensor]:
-        """Run on the inputs; codes come back as int64, floats as float32."""
+    def model(self) -> bytes:
+        """The file."""
         graph = helper.make_graph(self.nodes, "g", self.inputs, self.outputs, self.constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+        return model.SerializeToString()
+
+    def run(self, optimized: str | None = None, entries: Mapping[str, str] | None = None) -> list[Tensor]:
+        """Run on the inputs; codes come back as int64, floats as float32."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
@@ -81,7 +85,7 @@ class Graph:
             options.add_session_config_entry(key, value)
         if optimized:
             options.optimized_model_filepath = optimized
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(self.model(), options, providers=["CPUExecutionProvider"])
         results = session.run(None, self.feeds)
         return [torch.from_numpy(y if y.dtype == np.float32 else y.astype(np.int64)) for y in results]
 
@@ -94,10 +98,15 @@ def run_qdq(
     optimized: str | None = None,
 ) -> Tensor:
     """Codes in, DequantizeLinear, what `build(graph, *names)` adds, QuantizeLinear, codes out."""
+    return qdq(operands, y, dtype, build).run(optimized)[0]
+
+
+def qdq(operands: Sequence[tuple[Tensor, QParams]], y: QParams, dtype: str, build: Callable[..., str]) -> Graph:
+    """The graph of `run_qdq`."""
     graph = Graph()
     names = [graph.dequantize(graph.input(codes, dtype), q, dtype) for codes, q in operands]
     graph.output(graph.quantize(build(graph, *names), y, dtype), dtype)
-    return graph.run(optimized)[0]
+    return graph
 
 
 def operators(path: str) -> list[str]:

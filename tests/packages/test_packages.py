@@ -189,6 +189,7 @@ def test_a_link_out_of_the_package(made: Path, tmp_path: Path) -> None:
         (lambda d: d.update(version=99), "has version 99"),
         (lambda d: d.update(schema="other"), "is not the manifest of a package"),
         (lambda d: d["artifacts"][0].update(format="exe"), "'exe' is none of onnx"),
+        (lambda d: d["artifacts"][0].update(also_simulated=["x"]), "'x' is none of onnx, onnx-arm64, tflite"),
         (lambda d: d.update(golden="many"), "golden is 'many'"),
         (lambda d: d["files"].update(x=3), "3 is no text"),
         (lambda d: d["artifacts"][0]["inputs"][0].update(extra=1), "extra"),
@@ -252,6 +253,70 @@ def off_by(codes: float) -> Executor:
         return [{name: array + step[name] for name, array in sample.items()} for sample in found], ("as told",)
 
     return replace(ONNXRUNTIME, name="off", run=run)
+
+
+class Residual(Net):
+    """With an addition, which ONNX Runtime computes otherwise on ARM64."""
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        a = torch.relu(self.a(image))
+        return a + a.mean((2, 3), keepdim=True), self.b(a.mean((2, 3)))
+
+
+def by(profile: str, model: qat.PreparedModel) -> Executor:
+    """A runtime that computes as a profile says."""
+
+    def run(file: Path, artifact: Artifact, samples: Sequence[Sample]) -> tuple[Sequence[Sample], tuple[str, ...]]:
+        imodel = qat.convert(model, numerics=profile)
+        outputs = [imodel(*(torch.from_numpy(sample[c.name]) for c in artifact.inputs)) for sample in samples]
+        names = [c.name for c in artifact.outputs]
+        return [{n: y.numpy() for n, y in zip(names, found, strict=True)} for found in outputs], ()
+
+    return replace(ONNXRUNTIME, name=profile, run=run, numerics=profile, bound=0.0)
+
+
+def test_a_runtime_with_a_profile_of_its_own_is_compared_with_it(
+    qmodel: qat.PreparedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(8, 3, 8, 8)
+    # powers of two: many sums are ties, where the profiles differ
+    scheme = {"activations": {"power_of_two": True}}
+    model = qat.prepare(Residual().eval(), x, target=qat.load_target("arm-cpu"), scheme=scheme)
+    qat.calibrate(model, [x], progress=False)
+    use(monkeypatch, by("onnx", model), by("onnx-arm64", model))
+    made = qat.package(model, "arm-cpu", tmp_path / "p", golden=2)
+    checks = {check.executor: check for check in made.manifest.checks if check.artifact == "model.onnx"}
+    assert [checks[name].status for name in ("onnx", "onnx-arm64")] == ["passed", "passed"]
+    artifact = next(a for a in made.manifest.artifacts if a.format == "onnx")
+    assert artifact.also_simulated == ("onnx-arm64",)
+    own, other = (read_golden(tmp_path / "p", artifact, 2, profile)[1] for profile in ("onnx", "onnx-arm64"))
+    assert any((a[name] != b[name]).any() for a, b in zip(own, other, strict=True) for name in a)
+    assert qat.verify_package(tmp_path / "p").manifest.checks == made.manifest.checks
+    # with the other profile's outputs it would have failed
+    use(monkeypatch, replace(by("onnx", model), numerics="onnx-arm64"))
+    assert qat.verify_package(tmp_path / "p").standing == "failed"
+    # a model that both compute alike has one set
+    use(monkeypatch, by("onnx", qmodel), by("onnx-arm64", qmodel))
+    alike = qat.package(qmodel, "arm-cpu", tmp_path / "q", golden=2)
+    assert not list((tmp_path / "q").rglob("onnx-arm64"))
+    executed = {check.executor: check for check in alike.manifest.checks if check.artifact == "model.onnx"}
+    assert executed["onnx-arm64"].status == "passed"
+
+
+def test_a_package_from_before_a_profile(
+    made: Path, qmodel: qat.PreparedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = json.loads((made / "manifest.json").read_text())
+    for artifact in data["artifacts"]:
+        del artifact["also_simulated"]
+    (made / "manifest.json").write_text(json.dumps(data))
+    use(monkeypatch, ONNXRUNTIME, by("onnx-arm64", qmodel))
+    found = qat.verify_package(made)
+    check = next(c for c in found.manifest.checks if c.executor == "onnx-arm64" and c.artifact == "model.onnx")
+    assert check.status == "not run"
+    assert check.notes == ("golden samples of the profile onnx-arm64 are missing", "make the package again")
+    assert found.standing == "partly verified"
 
 
 def test_a_runtime_that_differs_leaves_no_package(

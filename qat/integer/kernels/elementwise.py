@@ -8,12 +8,16 @@ are elementwise, hence reproducible bit by bit.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from qat.integer.kernels.qparams import QParams, float32_scalar
 from qat.integer.kernels.requantize import dequantize, multiplier, quantize
+
+#: an elementwise operator: codes and parameters of the left operand, of the right one, parameters of the result
+Kernel = Callable[[Tensor, QParams, Tensor, QParams, QParams], Tensor]
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -31,7 +35,8 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     return torch.where((error != 0) & even, neighbour, total).to(torch.float32)
 
 
-def _saturate(v: Tensor, y: QParams) -> Tensor:
+def saturate(v: Tensor, y: QParams) -> Tensor:
+    """Real codes, the zero point added already, to int32 codes: `rint` after the clamp."""
     return torch.clamp(v, y.qmin, y.qmax).round().to(torch.int32)
 
 
@@ -41,7 +46,7 @@ def _qlinear_add(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QP
     zero_a, zero_b = float32_scalar(a.zero_point, a_codes), float32_scalar(b.zero_point, a_codes)
     fixed = float32_scalar(y.zero_point, a_codes) - fma(ratio_a, zero_a, ratio_b * zero_b)
     partial = fma(b_codes.to(torch.float32), ratio_b, fixed)
-    return _saturate(fma(a_codes.to(torch.float32), ratio_a, partial), y)
+    return saturate(fma(a_codes.to(torch.float32), ratio_a, partial), y)
 
 
 def _left_is_scalar(a: torch.Size, b: torch.Size) -> bool:
@@ -66,17 +71,36 @@ def add(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) ->
     Returns:
         int32 codes of the broadcast shape.
     """
+    return add_by(_qlinear_add, a_codes, a, b_codes, b, y)
+
+
+def add_by(kernel: Kernel, a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> Tensor:
+    """Quantized addition as the runtime runs its kernel: operands in its order, wide ones in float.
+
+    Args:
+        kernel: QLinearAdd of one instruction set, for 8-bit codes; arguments and result as for `add`.
+        a_codes: As for `add`.
+        a: As for `add`.
+        b_codes: As for `add`.
+        b: As for `add`.
+        y: As for `add`.
+    """
     if a.wide or b.wide or y.wide:
         return quantize(dequantize(a_codes, a) + dequantize(b_codes, b), y)
     if _left_is_scalar(a_codes.shape, b_codes.shape):
         a_codes, a, b_codes, b = b_codes, b, a_codes, a
+    return by_pairs(kernel, a_codes, a, b_codes, b, y)
+
+
+def by_pairs(kernel: Kernel, a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> Tensor:
+    """Run an elementwise kernel for 8-bit codes, by a table where there are more elements than pairs of codes."""
     shape = torch.broadcast_shapes(a_codes.shape, b_codes.shape)  # type: ignore[no-untyped-call]
     if math.prod(shape) <= a.levels * b.levels:
-        return _qlinear_add(a_codes, a, b_codes, b, y)
+        return kernel(a_codes, a, b_codes, b, y)
     # every pair of codes once, then one lookup an element instead of float64 arithmetic
     left = torch.arange(a.qmin, a.qmax + 1, device=a_codes.device)[:, None]
     right = torch.arange(b.qmin, b.qmax + 1, device=a_codes.device)
-    table = _qlinear_add(left, a, right, b, y).flatten()
+    table = kernel(left, a, right, b, y).flatten()
     index = (a_codes.to(torch.int32) - a.qmin) * b.levels + (b_codes.to(torch.int32) - b.qmin)
     return table.index_select(0, index.flatten()).reshape(index.shape)
 
@@ -90,9 +114,15 @@ def mul(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) ->
     """Quantized multiplication (QLinearMul); arguments and result as for `add`."""
     if a.wide or b.wide or y.wide:
         return quantize(dequantize(a_codes, a) * dequantize(b_codes, b), y)
+    product, ratio, zero = mul_terms(a_codes, a, b_codes, b, y)
+    return saturate(product * ratio + zero, y)
+
+
+def mul_terms(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> tuple[Tensor, Tensor, Tensor]:
+    """Return product, multiplier and zero point of an 8-bit multiplication, float32: its result is their sum."""
     product = (a_codes.to(torch.int32) - a.zero_point) * (b_codes.to(torch.int32) - b.zero_point)
     ratio = multiplier(a.scale, b.scale, y.scale).to(a_codes.device)
-    return _saturate(product.to(torch.float32) * ratio + float32_scalar(y.zero_point, a_codes), y)
+    return product.to(torch.float32), ratio, float32_scalar(y.zero_point, a_codes)
 
 
 def div(a_codes: Tensor, a: QParams, b_codes: Tensor, b: QParams, y: QParams) -> Tensor:

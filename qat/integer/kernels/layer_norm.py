@@ -40,21 +40,32 @@ def layer_norm(
     Returns:
         int32 codes, shape of `codes`.
     """
-    shape = codes.shape
-    rows = dequantize(codes, x).flatten(-normalized_dims).reshape(-1, shape[-normalized_dims:].numel())
+    rows = rows_of(codes, x, normalized_dims)
     mean, squares = _welford(rows) if rows.shape[1] < _LANES else _two_passes(rows)
     count = float32_scalar(rows.shape[1], rows)
-    # PyTorch's float32 square root is not always correctly rounded; by way of float64 it is
-    root = torch.sqrt((squares / count + float32_scalar(epsilon, rows)).double()).to(torch.float32)
-    inverse = float32_scalar(1.0, rows) / root
-    real = (rows - mean[:, None]) * inverse[:, None]
+    inverse = float32_scalar(1.0, rows) / root(squares / count + float32_scalar(epsilon, rows))
+    real = affine((rows - mean[:, None]) * inverse[:, None], weight, bias)
+    return quantize(real.reshape(codes.shape), y)
+
+
+def rows_of(codes: Tensor, x: QParams, normalized_dims: int) -> Tensor:
+    """Return what is normalized as float32 of shape (rows, values)."""
+    values = codes.shape[-normalized_dims:].numel()
+    return dequantize(codes, x).flatten(-normalized_dims).reshape(-1, values)
+
+
+def root(x: Tensor) -> Tensor:
+    """Square root, float32: PyTorch's is not always correctly rounded; by way of float64 it is."""
+    return torch.sqrt(x.double()).to(torch.float32)
+
+
+def affine(real: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """`real * weight + bias` of rows, rounded once; what is None is left out."""
     if weight is not None and bias is not None:
-        real = fma(real, weight.to(real.device).reshape(1, -1), bias.to(real.device).reshape(1, -1))
-    elif weight is not None:
-        real = real * weight.to(real.device).reshape(1, -1)
-    elif bias is not None:
-        real = real + bias.to(real.device).reshape(1, -1)
-    return quantize(real.reshape(shape), y)
+        return fma(real, weight.to(real.device).reshape(1, -1), bias.to(real.device).reshape(1, -1))
+    if weight is not None:
+        return real * weight.to(real.device).reshape(1, -1)
+    return real if bias is None else real + bias.to(real.device).reshape(1, -1)
 
 
 def _two_passes(rows: Tensor) -> tuple[Tensor, Tensor]:

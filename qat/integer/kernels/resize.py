@@ -114,6 +114,21 @@ def resize_bilinear(
     Raises:
         PlanError: Another number of dimensions.
     """
+    (left_top, right_top, left_bottom, right_bottom) = bilinear_terms(codes, x, sizes, align_corners, scales)
+    total = left_top[0] * left_top[1]
+    for weight, value in (right_top, left_bottom, right_bottom):
+        total = total + weight * value
+    return quantize(total, y)
+
+
+def bilinear_terms(
+    codes: Tensor, x: QParams, sizes: Sequence[int], align_corners: bool, scales: Scales
+) -> list[tuple[Tensor, Tensor]]:
+    """Weight and value of the four neighbours of every result, float32: left and right above, left and right below.
+
+    Raises:
+        PlanError: Another number of dimensions.
+    """
     if codes.dim() != 4:
         raise PlanError(f"bilinear interpolation of {codes.dim()} dimensions", "it is defined for (N, C, H, W)")
     real = dequantize(codes, x)
@@ -124,8 +139,9 @@ def resize_bilinear(
     left, right, dx1, dx2 = (t.to(codes.device) for t in columns)
     above, below = real.index_select(2, top), real.index_select(2, bottom)
     y1, y2 = dy1[:, None], dy2[:, None]
-    total = (dx2 * y2) * above.index_select(3, left)
-    total = total + (dx1 * y2) * above.index_select(3, right)
-    total = total + (dx2 * y1) * below.index_select(3, left)
-    total = total + (dx1 * y1) * below.index_select(3, right)
-    return quantize(total, y)
+    return [
+        (dx2 * y2, above.index_select(3, left)),
+        (dx1 * y2, above.index_select(3, right)),
+        (dx2 * y1, below.index_select(3, left)),
+        (dx1 * y1, below.index_select(3, right)),
+    ]
