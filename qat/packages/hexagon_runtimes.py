@@ -20,9 +20,11 @@ from qat.export.runtime import session
 from qat.packages.artifact import Artifact
 from qat.packages.executor import Array, Executor, Missing, Run, Sample
 from qat.packages.hexagon import FLOAT_OPERATORS, architecture
+from qat.packages.hexagon_products import product_codes
 from qat.packages.runtimes import ONNXRUNTIME
 
-#: largest difference of one operator, in codes of 8 bits; 16-bit products of two activations are approximated
+#: largest difference of one operator, in its own codes of 8 or 16 bits, from ONNX Runtime, or, of a product of two
+#: uint8 activations, from what the HTP's arithmetic gives (`hexagon_products`); 16-bit ones are approximated
 OPERATOR_BOUND = {8: 1, 16: 512}
 #: of a whole network, in codes of 8 bits: differences of operators add up along it, and the compiler fuses HardSwish
 #: with the product before it without saturating between them (docs/hexagon.md). It catches what is grossly wrong; the
@@ -106,24 +108,33 @@ def check_operators(file: Path, sample: Sample, arch: int) -> str:
     if not layers:
         return "no operator to execute alone"
     reference = _reference(model, layers, sample)
-    worst, equal, count = 0, 0, 0
+    worst, equal, count, products = 0, 0, 0, 0
     for layer in layers:
+        given = {alias: reference[name] for name, alias in layer.given.items()}
         with htp.htp_session(model_bytes(layer.model), arch, graph=False) as opened:
-            given = {alias: reference[name] for name, alias in layer.given.items()}
             (codes,) = opened.session.run(None, given)
         expected = reference[layer.codes]
-        apart = np.abs(codes.astype(np.int64) - expected.astype(np.int64))
-        largest = int(apart.max(initial=0))
+        product = product_codes(layer.model, given)
+        largest = int(_apart(codes, expected if product is None else product).max(initial=0))
         bound = OPERATOR_BOUND[8 * expected.dtype.itemsize]
         if largest > bound:
+            how = "" if product is None else ", its second factor rounded as HTP does,"
             raise VerificationError(
-                f"HTP v{arch} is {largest} codes off in {layer.codes.removesuffix('/codes')!r} alone, where {bound} "
-                f"may be",
+                f"HTP v{arch} is {largest} codes off in {layer.codes.removesuffix('/codes')!r} alone{how or ','} where "
+                f"{bound} may be",
                 "report this operator; `float` in the scheme's layers leaves it out",
             )
-        worst, equal, count = max(worst, largest), equal + int((apart == 0).sum()), count + apart.size
+        apart = _apart(codes, expected)
+        worst, equal, count = max(worst, int(apart.max(initial=0))), equal + int((apart == 0).sum()), count + apart.size
+        products += product is not None
     share = 100 * equal / max(count, 1)
-    return f"each of {len(layers)} operators alone: at most {worst} code{'s' * (worst != 1)} off, {share:.4g} % equal"
+    said = f"each of {len(layers)} operators alone: at most {worst} code{'s' * (worst != 1)} off, {share:.4g} % equal"
+    return said + (f"; of {products} products of activations, HTP rounds the second factor" if products else "")
+
+
+def _apart(a: Array, b: Array) -> Array:
+    apart: Array = np.abs(a.astype(np.int64) - b.astype(np.int64))
+    return apart
 
 
 def _reference(model: onnx.ModelProto, layers: Sequence[Layer], sample: Sample) -> Mapping[str, Array]:
