@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,8 +20,11 @@ from qat.export.onnx import model_bytes
 from qat.export.runtime import session
 from qat.packages.artifact import Artifact
 from qat.packages.executor import Array, Executor, Missing, Run, Sample
+from qat.packages.files import ONNX
+from qat.packages.golden import FOLDER
 from qat.packages.hexagon import FLOAT_OPERATORS, architecture
 from qat.packages.hexagon_products import product_codes
+from qat.packages.hexagon_spread import spread
 from qat.packages.runtimes import ONNXRUNTIME
 
 #: largest difference of one operator, in its own codes of 8 or 16 bits, from ONNX Runtime, or, of a product of two
@@ -28,8 +32,9 @@ from qat.packages.runtimes import ONNXRUNTIME
 OPERATOR_BOUND = {8: 1, 16: 512}
 #: of a whole network, in codes of 8 bits: differences of operators add up along it, and the compiler fuses HardSwish
 #: with the product before it without saturating between them (docs/hexagon.md). It catches what is grossly wrong; the
-#: proof is the comparison operator by operator.
-NETWORK_BOUND = 32.0
+#: proof is the comparison operator by operator. Where single codes, added up, come to more, that much may be
+#: (`hexagon_spread`), but no more than is still a bound.
+NETWORK_BOUND, LARGEST_NETWORK_BOUND = 32.0, 96.0
 #: of AIMET, which simulates in float32: a sum on the other side of a tie is a code, and adds up likewise
 AIMET_BOUND = 8.0
 #: whole networks take about a second a sample
@@ -39,7 +44,32 @@ SAMPLES = 2
 def executors(targets: Sequence[str]) -> tuple[Executor, ...]:
     """Return what executes the artifacts of a package for Hexagon targets."""
     archs = [architecture(target) for target in targets]
-    return (ONNXRUNTIME, *map(_emulator, archs), *map(_context, archs), AIMET)
+    # measured once for all generations
+    bound = cache(network_bound)
+    emulators = [_emulator(arch, lambda file: bound(_root(file))) for arch in archs]
+    contexts = [_context(arch, lambda file: bound(_root(file))) for arch in archs]
+    return (ONNXRUNTIME, *emulators, *contexts, AIMET)
+
+
+def network_bound(root: Path) -> float:
+    """Return how far the outputs of a package's model may be off on the HTP, in codes of 8 bits.
+
+    Args:
+        root: The package; its golden samples tell.
+    """
+    names = [value.name for value in onnx.load(str(root / ONNX)).graph.input]
+    found = [NETWORK_BOUND]
+    for number in range(SAMPLES):
+        files = [root / FOLDER / ONNX / f"{number:03d}" / f"input_{k}.npy" for k in range(len(names))]
+        if all(file.is_file() for file in files):
+            inputs = {name: np.load(file, allow_pickle=False) for name, file in zip(names, files, strict=True)}
+            found.append(spread(root / ONNX, inputs))
+    return min(max(found), LARGEST_NETWORK_BOUND)
+
+
+def _root(file: Path) -> Path:
+    """The package's folder, from an artifact's file."""
+    return next(folder for folder in file.parents if (folder / ONNX).is_file())
 
 
 def _missing() -> Missing | None:
@@ -52,14 +82,14 @@ def _runtime(arch: int, what: str) -> Callable[[], str]:
     return lambda: f"{htp.runtime_name()}, HTP v{arch} {what}, {platform.machine()}"
 
 
-def _emulator(arch: int) -> Executor:
+def _emulator(arch: int, bound: Callable[[Path], float]) -> Executor:
     return Executor(
         name=f"htp-v{arch}",
         accepts=lambda artifact: artifact.format == "onnx",
         runtime=_runtime(arch, "emulator"),
         missing=_missing,
         run=_run_emulator(arch),
-        bound=NETWORK_BOUND,
+        bound=bound,
         samples=SAMPLES,
     )
 
@@ -152,14 +182,14 @@ def _reference(model: onnx.ModelProto, layers: Sequence[Layer], sample: Sample) 
 # -- context binaries
 
 
-def _context(arch: int) -> Executor:
+def _context(arch: int, bound: Callable[[Path], float]) -> Executor:
     return Executor(
         name=f"htp-context-v{arch}",
         accepts=lambda artifact: artifact.format == "qnn-context" and dict(artifact.options)["htp_arch"] == str(arch),
         runtime=_runtime(arch, "emulator, context binary"),
         missing=_missing,
         run=_run_context(arch),
-        bound=NETWORK_BOUND,
+        bound=bound,
         samples=SAMPLES,
     )
 
