@@ -64,14 +64,15 @@ def drawn(seed: int, kind: type = np.uint8) -> tuple[Codes, tuple[int, int, int]
     if seed % 2:  # no box: near the zero point with tails, as activations are
         tails = {n: rng.standard_normal(x.shape) * 30 for n, x in made.items()}
         made = {"a": np.rint(za + tails["a"]), "b": np.rint(zb + tails["b"])}
-    feeds = {n: np.clip(x, low, high).astype(kind) for n, x in made.items()}
+    feeds: Codes = {n: np.clip(x, low, high).astype(kind) for n, x in made.items()}
     sums = total(feeds, za, zb)
     scale = float(rng.choice([30, 60])) / max(float(sums.std()), 1.0)
     return feeds, (za, zb, int(np.clip((low + high) / 2 - sums.mean() * scale, low, high))), scale
 
 
 def total(feeds: Codes, za: int, zb: int) -> np.ndarray[Any, Any]:
-    return np.matmul(feeds["a"].astype(np.float64) - za, feeds["b"].astype(np.float64) - zb)
+    sums: np.ndarray[Any, Any] = (feeds["a"].astype(np.float64) - za) @ (feeds["b"].astype(np.float64) - zb)
+    return sums
 
 
 def apart(a: Any, b: Any) -> int:
