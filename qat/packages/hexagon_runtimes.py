@@ -30,10 +30,9 @@ from qat.packages.runtimes import ONNXRUNTIME
 #: largest difference of one operator, in its own codes of 8 or 16 bits, from ONNX Runtime, or, of a product of two
 #: uint8 activations, from what the HTP's arithmetic gives (`hexagon_products`); 16-bit ones are approximated
 OPERATOR_BOUND = {8: 1, 16: 512}
-#: of a whole network, in codes of 8 bits: differences of operators add up along it, and the compiler fuses HardSwish
-#: with the product before it without saturating between them (docs/hexagon.md). It catches what is grossly wrong; the
-#: proof is the comparison operator by operator. Where single codes, added up, come to more, that much may be
-#: (`hexagon_spread`), but no more than is still a bound.
+#: of a whole network, in codes of 8 bits: differences of operators add up along it. It catches what is grossly wrong,
+#: and what the compiler does where it fuses operators; the proof is the comparison operator by operator. Where single
+#: codes, added up, come to more, that much may be (`hexagon_spread`), but no more than is still a bound.
 NETWORK_BOUND, LARGEST_NETWORK_BOUND = 32.0, 96.0
 #: of AIMET, which simulates in float32: a sum on the other side of a tie is a code, and adds up likewise
 AIMET_BOUND = 8.0
