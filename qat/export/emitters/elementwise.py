@@ -181,25 +181,25 @@ def table(ctx: Context, op: Op) -> None:
         FUNCTIONS[function](ctx, operand, raw, params, op.name)
     else:
         # Qualcomm's compiler fuses the function with a product before it, and does not saturate between the two
-        shape = ctx.integers([-1, *sizes[1:]], f"{op.name}/apart")
-        moved = ctx.node("Reshape", [operand, shape], where=op.name)
-        moved = ctx.through(moved, ctx.info(x).encoding, f"{op.name}/apart", sizes)
+        whole = [ctx.dimensions(x)[0], *sizes]
+        moved = ctx.node("Reshape", [operand, ctx.integers([-1, *sizes], f"{op.name}/apart")], where=op.name)
+        moved = ctx.through(moved, ctx.info(x).encoding, f"{op.name}/apart", whole)
         inner = ctx.fresh(f"{op.name}/{function}")
         FUNCTIONS[function](ctx, moved, inner, params, op.name)
-        inner = ctx.through(inner, ctx.info(output).encoding, f"{op.name}/{function}", sizes)
+        inner = ctx.through(inner, ctx.info(output).encoding, f"{op.name}/{function}", whole)
         back = ctx.integers([-1, *ctx.shape(output)[1:]], f"{output}/shape")
         ctx.node("Reshape", [inner, back], [raw], where=op.name)
     ctx.finish(output, raw, op)
 
 
-def _another_shape(ctx: Context, x: str) -> list[int | str] | None:
-    """A row a sample, or a column where it is one already; None where no product gives `x`, or its sizes are open."""
+def _another_shape(ctx: Context, x: str) -> list[int] | None:
+    """Sizes behind the batch: a row, or a column where it is one already; None where no product gives `x`."""
     product = next((o for o in ctx.program.ops if x in o.outputs and o.kind in _PRODUCTS), None)
     sizes = ctx.shape(x)
     if product is None or len(sizes) < 2 or min(sizes[1:]) < 1 or ctx.info(x).encoding is None:
         return None
     row, channels = math.prod(sizes[1:]), sizes[-1] if product.kind == "linear" else sizes[1]
-    return [ctx.dimensions(x)[0], row, *([1] if row == channels else [])]
+    return [row, 1] if row == channels else [row]
 
 
 EMITTERS: dict[str, Emitter] = {
