@@ -1,6 +1,6 @@
 """Products of two activations on the HTP: the second factor is rounded to signed codes of 8 bits, column by column.
 
-No document says so; it is measured on Qualcomm's emulator (onnxruntime-qnn 2.7.0, every generation; docs/hexagon.md).
+No document says so; it is measured on Qualcomm's emulator (onnxruntime-qnn 2.7.0, v68, v73, v79; docs/hexagon.md).
 The HTP multiplies by weights of 8 signed bits, symmetric around 0. The second factor of a `MatMul` becomes such weights
 when the network runs: `x = code - zero_point` has 9 bits unless the zero point is 128, so that every column j (what is
 summed over) is scaled by
