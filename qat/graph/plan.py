@@ -93,6 +93,7 @@ class Constraints:
         layout: Order of the dimensions of images in the target's artifacts.
         floats: What computes operators that have no integer form.
         quantized_parameters: Kinds of operators whose slopes, factors and offsets are codes too.
+        apart: Functions that are written on another shape than the product before them.
     """
 
     dynamic_batch: bool = True
@@ -100,6 +101,7 @@ class Constraints:
     layout: Layout = "NCHW"
     floats: Floats = "float32"
     quantized_parameters: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

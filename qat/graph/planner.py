@@ -39,7 +39,9 @@ def plan_graph(graph: OpGraph, target: Target, schemes: Schemes) -> Plan:
         raise PlanError(f"the model has nothing to quantize ({first})", "check the target, the scheme and the layers")
     bounds = {kind: r.multiplier_below for kind, r in target.operators.items() if r.multiplier_below is not None}
     coded = tuple(sorted(kind for kind, r in target.operators.items() if r.parameters == "quantized"))
-    constraints = Constraints(target.dynamic_batch, bounds, target.layout, target.floats, coded)
+    table = target.operators.get("table")
+    apart = tuple(sorted(name for name, r in ((table and table.functions) or {}).items() if r.apart))
+    constraints = Constraints(target.dynamic_batch, bounds, target.layout, target.floats, coded, apart)
     return Plan(target.name, target.numerics, entries, tuple(_without_effect(graph, schemes)), constraints=constraints)
 
 

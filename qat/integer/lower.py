@@ -192,7 +192,9 @@ class _Lowering:
             self.draft.emit("pad", op.name, (source,), result, op.attrs)
         else:
             inputs = tuple(self._operand(op, i, scalar) for i, scalar in enumerate(op.inputs))
-            self.draft.emit(op.kind, op.name, inputs, result, op.attrs, op.macs)
+            apart = op.kind == "table" and op.attrs["function"] in self.plan.constraints.apart
+            attrs = {**op.attrs, "apart": True} if apart else op.attrs
+            self.draft.emit(op.kind, op.name, inputs, result, attrs, op.macs)
 
     def _same_grid(self, name: str, encoding: Encoding) -> bool:
         held = self.draft.tensors[self.draft.codes(name)].encoding

@@ -49,8 +49,8 @@ class Executor:
         missing: What it needs and has not, or None.
         run: Executes an artifact.
         numerics: Numerics profile of the simulation that it is compared with; "" for that of the artifact.
-        bound: Largest difference from the simulation in codes of 8 bits that an output may have; for other widths it
-            scales with the number of codes.
+        bound: Largest difference from the simulation in codes of 8 bits that an output may have, or a function that
+            says it of a file; for other widths it scales with the number of codes.
         samples: Most samples that it is given, for emulators are slow; 0 for all.
         role: `proof` is compared and counts; `record` is compared and written down, for runtimes that round otherwise;
             `inspection` executes nothing: `run` gets no samples, gives no outputs, and raises where what it looks at
@@ -64,7 +64,7 @@ class Executor:
     missing: Callable[[], Missing | None]
     run: Run
     numerics: str = ""
-    bound: float = 0.0
+    bound: float | Callable[[Path], float] = 0.0
     samples: int = 0
     role: Literal["proof", "record", "inspection"] = "proof"
     optional: bool = False

@@ -99,7 +99,8 @@ def _check(folder: Path, artifact: Artifact, golden: int, executor: Executor) ->
     count = 0 if inspects else min(golden, executor.samples) if executor.samples else golden
     inputs, expected = read_golden(folder, artifact, count, profile)
     file = folder / artifact.path
-    begun = replace(blank, runtime=executor.runtime(), samples=count, bound=executor.bound)
+    bound = executor.bound(file) if callable(executor.bound) else executor.bound
+    begun = replace(blank, runtime=executor.runtime(), samples=count, bound=bound)
     try:
         found, notes = executor.run(file, artifact, inputs)
         apart = () if inspects else differences(artifact.outputs, found, expected)
@@ -107,7 +108,7 @@ def _check(folder: Path, artifact: Artifact, golden: int, executor: Executor) ->
         return replace(begun, status="failed", notes=(str(error),))
     # bounds are of codes of 8 bits, so that one means the same share of the range at every width
     within = all(
-        output.max_difference <= executor.bound * fineness(contract)
+        output.max_difference <= bound * fineness(contract)
         for output, contract in zip(apart, artifact.outputs, strict=not inspects)
     )
     status: Status = "recorded" if executor.role != "proof" else "passed" if within else "failed"

@@ -15,7 +15,8 @@ Schema of a target file, version 2 (YAML; `?` marks what may be left out):
     dtypes: {<set name>: [[activation dtype, weight dtype], ...], ...}     named sets of legal dtype tuples
     operators: {<kind>: <rule>}
         rule: {dtypes: <set name>, granularity?: [...], output?: own|inherit|tie|fixed, fixed?: ..., limits?: ...,
-               modes?: [...], symmetric?: [...], multiplier_below?: number, parameters?: float|quantized},
+               modes?: [...], symmetric?: [...], multiplier_below?: number, parameters?: float|quantized,
+               apart?: bool},
               or {instead: <text>} for what has no integer form
         fixed: [low, high], or {<activation dtype>: [low, high]}; types that are not named have a range of their own
         limits: {dilation|groups|rank|spatial: largest legal number}

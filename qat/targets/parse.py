@@ -19,7 +19,7 @@ _REQUIRED = (
 _OPTIONAL = ("extends", "sources", "floats", "layout", "mixed_dtypes", "symmetric")
 _RULE_KEYS = {
     "dtypes", "granularity", "output", "fixed", "functions", "limits", "modes", "symmetric", "multiplier_below",
-    "parameters", "instead",
+    "parameters", "apart", "instead",
 }  # fmt: skip
 _SCHEME_KEYS = {"dtype", "symmetric", "granularity", "qmin", "qmax", "observer"}
 _WEIGHTED = {"conv", "conv_transpose", "linear"}
@@ -191,7 +191,15 @@ def _rule(
         multiplier_below=_positive(data.get("multiplier_below"), f"{where}.multiplier_below"),
         symmetric=own if kind in _WEIGHTED else own - {"weights"},
         parameters=_parameters(data, kind, where),
+        apart=_apart(data, kind, where),
     )
+
+
+def _apart(data: Mapping[str, Any], kind: str, where: str) -> bool:
+    apart = data.get("apart", False)
+    if not isinstance(apart, bool) or (apart and kind != "table"):
+        raise TargetError(f"{where}: apart is {apart!r}", "write true or false, and true of functions only")
+    return apart
 
 
 def _functions(

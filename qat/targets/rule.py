@@ -92,6 +92,8 @@ class OperatorRule:
         multiplier_below: Every requantization multiplier (scales of the operands over that of the result) must be below
             this; None for no limit. It is known after calibration only, so that exporting checks it.
         parameters: Of `PARAMETRIC` kinds. `quantized`: slopes and factors are 8-bit codes, offsets int32 codes.
+        apart: Of functions: what compiles the exported model would fuse it with a product before it, and wrongly, so
+            that it is written on another shape, which is not recognized.
         instead: What to write instead of an operator that has no legal dtypes.
     """
 
@@ -105,6 +107,7 @@ class OperatorRule:
     symmetric: frozenset[Symmetric] = frozenset()
     multiplier_below: float | None = None
     parameters: Parameters = "float"
+    apart: bool = False
     instead: str = ""
 
     def fault(self, use: Use) -> str | None:
@@ -167,6 +170,7 @@ class OperatorRule:
                 (m for m in (self.multiplier_below, other.multiplier_below) if m is not None), default=None
             ),
             parameters=max(self.parameters, other.parameters, key=get_args(Parameters).index),
+            apart=self.apart or other.apart,
             instead=self.instead or other.instead,
         )
 

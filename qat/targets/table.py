@@ -109,6 +109,7 @@ def _rule_json(rule: OperatorRule) -> dict[str, Any]:
         "symmetric": sorted(rule.symmetric),
         "multiplier_below": rule.multiplier_below,
         "parameters": rule.parameters,
+        "apart": rule.apart,
         "instead": rule.instead,
     }
 
@@ -134,6 +135,7 @@ def _conditions(rule: OperatorRule) -> tuple[str, str]:
     notes += [f"symmetric {' and '.join(sorted(rule.symmetric))}"] if rule.symmetric else []
     notes += [f"multiplier < {rule.multiplier_below:g}"] if rule.multiplier_below is not None else []
     notes += ["quantized parameters"] if rule.parameters == "quantized" else []
+    notes += ["written on another shape behind a product"] if rule.apart else []
     notes += [f"instead: {rule.instead}"] if rule.instead else []
     return ", ".join(sorted(rule.granularity)) if weighted else "", ", ".join(notes)
 

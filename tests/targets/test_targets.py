@@ -139,6 +139,8 @@ def test_a_target_file() -> None:
         ("operators.table", {"dtypes": "plain", "functions": {"expp": {}}}, "functions has the unknown key 'expp'"),
         ("operators.table", {"dtypes": "plain", "functions": {"exp": 1}}, "table.functions.exp is not a mapping"),
         ("operators.table", {"dtypes": "plain", "functions": {"exp": {"dtypes": "x"}}}, "names the dtype set 'x'"),
+        ("operators.table", {"dtypes": "plain", "functions": {"exp": {"apart": 1}}}, "exp: apart is 1; write true or"),
+        ("operators.add.apart", True, "operators.add: apart is True; write true or false, and true of functions only"),
     ],
 )
 def test_a_bad_target_file_is_refused(path: str, value: Any, message: str) -> None:
@@ -295,6 +297,8 @@ def test_intersection_of_conditions() -> None:
     first["mixed_dtypes"], second["layout"] = False, "NHWC"
     first["operators"]["conv"].update(limits={"dilation": 2, "groups": 1}, symmetric=["weights"])
     second["operators"]["conv"].update(limits={"dilation": 1, "rank": 4}, multiplier_below=1)
+    first["operators"]["table"] = {"dtypes": "plain", "functions": {"exp": {"apart": True}, "tanh": {}}}
+    second["operators"]["table"] = {"dtypes": "plain"}
     first["operators"]["resize"] = {"dtypes": "plain"}
     second["operators"]["resize"] = {"dtypes": "plain", "modes": ["linear"]}
     a, b = both(first, second)
@@ -303,6 +307,10 @@ def test_intersection_of_conditions() -> None:
         assert conv.limits == {"dilation": 1, "groups": 1, "rank": 4}
         assert (conv.symmetric, conv.multiplier_below) == (frozenset({"weights"}), 1.0)
         assert met.operators["resize"].modes == frozenset({"linear"})
+        exp, tanh = (met.rule("table", name) for name in ("exp", "tanh"))
+        assert exp is not None
+        assert tanh is not None
+        assert (exp.apart, tanh.apart) == (True, False)
         assert (met.floats, met.mixed_dtypes) == ("none", False)
     assert (a.intersect(b).layout, b.intersect(a).layout) == ("NCHW", "NHWC")
 

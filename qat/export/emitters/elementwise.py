@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,6 +10,9 @@ from qat.encoding import Encoding
 from qat.errors import ExportError
 from qat.export.emitters.context import Context, Emitter
 from qat.integer.program import Op
+
+#: kinds that compilers fuse functions with
+_PRODUCTS = frozenset({"conv", "conv_transpose", "linear"})
 
 
 def _binary(op_type: str) -> Emitter:
@@ -169,9 +173,33 @@ def table(ctx: Context, op: Op) -> None:
             f"operator {op.name!r} computes {function!r}, which has no ONNX spelling here",
             f"keep it float or use one of {', '.join(sorted(FUNCTIONS))}",
         )
-    operand, raw = ctx.value(op.inputs[0]), ctx.result(op.outputs[0])
-    FUNCTIONS[function](ctx, operand, raw, op.attrs.get("params", {}), op.name)
-    ctx.finish(op.outputs[0], raw, op)
+    x, output = op.inputs[0], op.outputs[0]
+    params = op.attrs.get("params", {})
+    operand, raw = ctx.value(x), ctx.result(output)
+    sizes = _another_shape(ctx, x) if op.attrs.get("apart") else None
+    if sizes is None:
+        FUNCTIONS[function](ctx, operand, raw, params, op.name)
+    else:
+        # Qualcomm's compiler fuses the function with a product before it, and does not saturate between the two
+        whole = [ctx.dimensions(x)[0], *sizes]
+        moved = ctx.node("Reshape", [operand, ctx.integers([-1, *sizes], f"{op.name}/apart")], where=op.name)
+        moved = ctx.through(moved, ctx.info(x).encoding, f"{op.name}/apart", whole)
+        inner = ctx.fresh(f"{op.name}/{function}")
+        FUNCTIONS[function](ctx, moved, inner, params, op.name)
+        inner = ctx.through(inner, ctx.info(output).encoding, f"{op.name}/{function}", whole)
+        back = ctx.integers([-1, *ctx.shape(output)[1:]], f"{output}/shape")
+        ctx.node("Reshape", [inner, back], [raw], where=op.name)
+    ctx.finish(output, raw, op)
+
+
+def _another_shape(ctx: Context, x: str) -> list[int] | None:
+    """Sizes behind the batch: a row, or a column where it is one already; None where no product gives `x`."""
+    product = next((o for o in ctx.program.ops if x in o.outputs and o.kind in _PRODUCTS), None)
+    sizes = ctx.shape(x)
+    if product is None or len(sizes) < 2 or min(sizes[1:]) < 1 or ctx.info(x).encoding is None:
+        return None
+    row, channels = math.prod(sizes[1:]), sizes[-1] if product.kind == "linear" else sizes[1]
+    return [row, 1] if row == channels else [row]
 
 
 EMITTERS: dict[str, Emitter] = {
