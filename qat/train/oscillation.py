@@ -26,6 +26,8 @@ from qat.train.hooks import Hook
 OSCILLATING = 0.005
 #: by default, weights of fewer bits are tracked
 _BITS = 8
+#: elements
+_IN_CACHE = 1 << 15
 _STATE = ("codes", "direction", "average", "frequency", "frozen", "held")
 
 
@@ -211,17 +213,38 @@ class OscillationTracker(Hook):
             # what is held must have no part in the grid
             weight.masked_fill_(state["frozen"], 0.0)
         steps, step, zero_point = quantizer.steps(weight)
-        codes = torch.clamp(torch.round(steps) + zero_point, quantizer.qmin, quantizer.qmax)
         if state is None:
+            codes = torch.clamp(torch.round(steps) + zero_point, quantizer.qmin, quantizer.qmax)
             self._state[key] = _first(codes)
             return
-        codes = torch.where(state["frozen"], state["held"].to(codes.dtype), codes)
-        change = torch.sign(codes - state["codes"])
-        oscillates = change * state["direction"] < 0
+        # what transforms a weight knows it as a whole
+        rows = weight.shape[0] if quantizer.method.transforms else _rows_in_cache(weight)
+        parts = [value.split(rows) for value in (weight, steps, step, zero_point)]
+        states = {name: value.split(rows) for name, value in state.items()}
+        for index, part in enumerate(zip(*parts, strict=True)):
+            self._take_in_rows(quantizer, own_grid, {name: value[index] for name, value in states.items()}, *part)
+
+    def _take_in_rows(
+        self,
+        quantizer: WeightFakeQuantize,
+        own_grid: bool,
+        state: Mapping[str, Tensor],
+        weight: Tensor,
+        steps: Tensor,
+        step: Tensor,
+        zero_point: Tensor,
+    ) -> None:
+        codes = steps.round_().add_(zero_point).clamp_(quantizer.qmin, quantizer.qmax)
+        # as float32 at once: operations on two types take several times as long
+        direction, held = (state[name].to(codes.dtype) for name in ("direction", "held"))
+        codes = torch.where(state["frozen"], held, codes)
+        change = torch.sign(codes - state["codes"].to(codes.dtype))
+        oscillates = change * direction < 0
         momentum = self.settings.momentum
         state["frequency"].lerp_(oscillates.to(torch.float32), momentum)
         state["average"].lerp_(codes, momentum)
-        state["direction"].copy_(torch.where(change != 0, change, state["direction"].to(change.dtype)))
+        direction = torch.where(change != 0, change, direction)
+        state["direction"].copy_(direction)
         state["codes"].copy_(codes)
         threshold = self.threshold
         if threshold is None:
@@ -230,14 +253,15 @@ class OscillationTracker(Hook):
         if own_grid:
             restless &= (codes > quantizer.qmin) & (codes < quantizer.qmax)
         # the average lags behind a weight that has come far: it decides between the two codes of the oscillation
-        before = codes - state["direction"].to(codes.dtype)
+        before = codes - direction
         settled = torch.round(state["average"]).clamp(torch.minimum(codes, before), torch.maximum(codes, before))
-        held = torch.where(restless, settled, state["held"].to(codes.dtype))
+        held = torch.where(restless, settled, held)
         state["held"].copy_(held)
-        state["frozen"] |= restless
-        state["codes"].copy_(torch.where(state["frozen"], held, codes))
+        frozen = state["frozen"]
+        frozen |= restless
+        state["codes"].copy_(torch.where(frozen, held, codes))
         values = quantizer.method.untransform((held - zero_point) * step, weight)
-        weight.copy_(torch.where(state["frozen"], values.to(weight.dtype), weight))
+        weight.copy_(torch.where(frozen, values.to(weight.dtype), weight))
 
     # -- what was seen
 
@@ -281,6 +305,11 @@ class OscillationTracker(Hook):
                 f"the oscillation state has the unknown entry {next(iter(left))!r}", "give the state of this model"
             )
         self.step, self._state = int(step), {k: {n: t.clone() for n, t in s.items()} for k, s in found.items()}
+
+
+def _rows_in_cache(weight: Tensor) -> int:
+    """Return how many rows of a weight are worked on at a time: on a CPU so few that some thirty passes stay in its cache."""
+    return max(1, _IN_CACHE * weight.shape[0] // weight.numel()) if weight.device.type == "cpu" else weight.shape[0]
 
 
 def _first(codes: Tensor) -> dict[str, Tensor]:
