@@ -17,7 +17,7 @@ _NUMBERS = 1 << 24
 
 def draw_seed() -> Tensor:
     """Return a seed from torch's global generator, int64, one value; of the CPU, whose state a checkpoint holds."""
-    return torch.empty((), dtype=torch.int64, device="cpu").random_()
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
 
 
 def place_numbers(like: Tensor, seed: Tensor) -> Tensor:

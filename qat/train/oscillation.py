@@ -308,7 +308,7 @@ class OscillationTracker(Hook):
 
 
 def _rows_in_cache(weight: Tensor) -> int:
-    """Return how many rows of a weight are worked on at a time: on a CPU so few that some thirty passes stay in its cache."""
+    """Return how many rows of a weight are worked on at a time: on a CPU so few that all passes stay in its cache."""
     return max(1, _IN_CACHE * weight.shape[0] // weight.numel()) if weight.device.type == "cpu" else weight.shape[0]
 
 
