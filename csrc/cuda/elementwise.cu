@@ -26,8 +26,9 @@ __device__ float tangent(float x) {
   return smaller(larger(divide(held * above, below), -1.0f), 1.0f);
 }
 
-// One thread.
+// One warp.
 __global__ void set_ratio(const float* low, const float* high, float* ratio) {
+  if (threadIdx.x != 0) return;
   const float below = 0.0f - *low, largest = *high >= below ? *high : below;
   *ratio = largest > 0.0f ? divide(largest, tangent(largest)) : 1.0f;
 }
@@ -54,7 +55,7 @@ cudaError_t place_numbers(int64_t seed, float* out, int64_t n, cudaStream_t stre
 
 cudaError_t tanh_weight(const float* w, float* y, int64_t n, const float* low, const float* high, float* ratio,
                         cudaStream_t stream) {
-  set_ratio<<<1, 1, 0, stream>>>(low, high, ratio);
+  set_ratio<<<1, 32, 0, stream>>>(low, high, ratio);
   transform<<<blocks_for(n), threads_per_block, 0, stream>>>(w, y, n, ratio);
   return cudaGetLastError();
 }

@@ -219,8 +219,8 @@ class OscillationTracker(Hook):
             return
         # what transforms a weight knows it as a whole
         rows = weight.shape[0] if quantizer.method.transforms else _rows_in_cache(weight)
-        parts = [value.split(rows) for value in (weight, steps, step, zero_point)]
-        states = {name: value.split(rows) for name, value in state.items()}
+        parts = [torch.split(value, rows) for value in (weight, steps, step, zero_point)]
+        states = {name: torch.split(value, rows) for name, value in state.items()}
         for index, part in enumerate(zip(*parts, strict=True)):
             self._take_in_rows(quantizer, own_grid, {name: value[index] for name, value in states.items()}, *part)
 

@@ -152,6 +152,19 @@ def test_frozen_codes_stay_through_training(name: str) -> None:
     assert torch.isfinite(program(X)).all()
 
 
+@pytest.mark.parametrize("name", ["lsq", "follows", "dorefa"])
+def test_parts_of_a_weight_are_taken_in_as_the_whole_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for elements in (1 << 15, 7):
+        monkeypatch.setattr("qat.train.oscillation._IN_CACHE", elements)
+        qmodel = net(SCHEMES[name])
+        tracker = OscillationTracker(qmodel, momentum=0.3, freeze=0.1)
+        train(qmodel, tracker, 6, lr=0.5)
+        found.append([*tracker.state_dict().values(), *qmodel.parameters()])
+    assert any(bool(t.any()) for t in found[0] if t.dtype == torch.bool)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_nothing_happens_where_nothing_is_quantized() -> None:
     qmodel = net()
     qmodel.set_phase("float")
