@@ -168,7 +168,7 @@ class FakeQuantize(Quantizer):
         Args:
             x: A tensor of the shape of the activation.
         """
-        scale, zero_point = self.method.grid(self.learned_parameters(), self.start)
+        scale, zero_point = self.parameter_grid()
         return scale, zero_point, self.method.gradient_factor(x, scale.numel())
 
     def _tracks_natively(self, x: Tensor) -> bool:

@@ -61,6 +61,7 @@ class Method:
         follows: In training, a moving average of the batches' ranges moves the range.
         power_of_two: Its scales are powers of two, whatever the scheme says.
         clips: The gradients of the grid are those of a learned clip.
+        homogeneous: Parameters times a number make the grid of a tensor times that number.
         options: The value of every option.
         levels: Steps of the grid above zero where it is symmetric, else in all.
     """
@@ -73,6 +74,7 @@ class Method:
     follows: ClassVar[bool] = False
     power_of_two: ClassVar[bool] = False
     clips: ClassVar[bool] = False
+    homogeneous: ClassVar[bool] = False
 
     def __init__(self, scheme: Scheme, role: Role, **options: Any) -> None:
         self.scheme, self.role = scheme, role
