@@ -149,14 +149,17 @@ class WeightFakeQuantize(Quantizer):
         rows = factor.reshape(self.groups, 1, -1).expand(-1, weight.shape[0] // self.groups, -1)
         return rows.reshape(weight.shape[0], weight.shape[1], *([1] * (weight.dim() - 2)))
 
+    @property
+    def follows_batch_norm(self) -> bool:
+        """Whether the grid of the folded weight moves with the factor of the batch norm, so that no code does."""
+        granularity = self.scheme.granularity
+        by_channel = granularity.kind == "per_channel" and granularity.axis % len(self.shape) == self.channel_axis
+        learned = self.method.homogeneous and self.groups == 1 and by_channel and not self.scheme.power_of_two
+        return bool(self._bn) and (learned or self.follows)
+
     def _unit(self) -> Tensor | None:
         """Return what learned scales are multiplied with, in their shape; None where they are of the folded weight."""
-        granularity = self.scheme.granularity
-        if not self.method.homogeneous or self.groups != 1 or self.scheme.power_of_two:
-            return None
-        if granularity.kind != "per_channel" or granularity.axis % len(self.shape) != self.channel_axis:
-            return None
-        factor = self.factor()
+        factor = self.factor() if self.method.homogeneous and self.follows_batch_norm else None
         return None if factor is None else factor.abs()
 
     @property

@@ -84,7 +84,9 @@ class OscillationTracker(Hook):
     remembers where a weight came from, and that code would throw it back.) The float weight is set to the code's value
     after every step, on the grid as it is then, so the code stays whatever the optimizer, its momentum, the scale and
     the batch norm do. Where the scale follows the weight itself, weights at the ends of the grid are never frozen,
-    since they make the grid.
+    since they make the grid. Where a batch norm follows whose statistics the grid does not (one scale for a whole
+    weight, or one that stands still), the weight keeps the value that the code has when it is frozen: a code on the
+    folded grid would make the weight grow with the statistics, and these with the weight.
 
     *Dampening*: `loss` is `dampen` times the sum of squared differences between weights and the values of
     their codes, without those that are clipped. Its gradient goes to the weights only.
@@ -212,6 +214,9 @@ class OscillationTracker(Hook):
         if state is not None and own_grid:
             # what is held must have no part in the grid
             weight.masked_fill_(state["frozen"], 0.0)
+        by_value = _by_value(quantizer)
+        if state is not None and by_value:
+            weight.copy_(torch.where(state["frozen"], state["held"].to(weight.dtype), weight))
         steps, step, zero_point = quantizer.steps(weight)
         if state is None:
             codes = torch.clamp(torch.round(steps) + zero_point, quantizer.qmin, quantizer.qmax)
@@ -222,12 +227,14 @@ class OscillationTracker(Hook):
         parts = [torch.split(value, rows) for value in (weight, steps, step, zero_point)]
         states = {name: torch.split(value, rows) for name, value in state.items()}
         for index, part in enumerate(zip(*parts, strict=True)):
-            self._take_in_rows(quantizer, own_grid, {name: value[index] for name, value in states.items()}, *part)
+            own = {name: value[index] for name, value in states.items()}
+            self._take_in_rows(quantizer, own_grid, by_value, own, *part)
 
     def _take_in_rows(
         self,
         quantizer: WeightFakeQuantize,
         own_grid: bool,
+        by_value: bool,
         state: Mapping[str, Tensor],
         weight: Tensor,
         steps: Tensor,
@@ -236,8 +243,9 @@ class OscillationTracker(Hook):
     ) -> None:
         codes = steps.round_().add_(zero_point).clamp_(quantizer.qmin, quantizer.qmax)
         # as float32 at once: operations on two types take several times as long
-        direction, held = (state[name].to(codes.dtype) for name in ("direction", "held"))
-        codes = torch.where(state["frozen"], held, codes)
+        direction, held = state["direction"].to(codes.dtype), state["held"]
+        if not by_value:
+            codes = torch.where(state["frozen"], held, codes)
         change = torch.sign(codes - state["codes"].to(codes.dtype))
         oscillates = change * direction < 0
         momentum = self.settings.momentum
@@ -255,12 +263,12 @@ class OscillationTracker(Hook):
         # the average lags behind a weight that has come far: it decides between the two codes of the oscillation
         before = codes - direction
         settled = torch.round(state["average"]).clamp(torch.minimum(codes, before), torch.maximum(codes, before))
-        held = torch.where(restless, settled, held)
-        state["held"].copy_(held)
         frozen = state["frozen"]
         frozen |= restless
-        state["codes"].copy_(torch.where(frozen, held, codes))
-        values = quantizer.method.untransform((held - zero_point) * step, weight)
+        held = torch.where(restless, (settled - zero_point) * step if by_value else settled, held)
+        state["held"].copy_(held)
+        state["codes"].copy_(torch.where(restless if by_value else frozen, settled if by_value else held, codes))
+        values = held if by_value else quantizer.method.untransform((held - zero_point) * step, weight)
         weight.copy_(torch.where(frozen, values.to(weight.dtype), weight))
 
     # -- what was seen
@@ -320,8 +328,14 @@ def _first(codes: Tensor) -> dict[str, Tensor]:
         "average": codes.to(torch.float32),
         "frequency": torch.zeros_like(codes, dtype=torch.float32),
         "frozen": torch.zeros_like(codes, dtype=torch.bool),
-        "held": torch.zeros_like(codes, dtype=torch.int16),
+        "held": torch.zeros_like(codes, dtype=torch.float32),
     }
+
+
+def _by_value(quantizer: WeightFakeQuantize) -> bool:
+    """Whether what is frozen is the value of a weight and not its code."""
+    tied = quantizer.follows_batch_norm or quantizer.follows or quantizer.method.transforms
+    return quantizer.batch_norm is not None and not tied
 
 
 def _distance(quantizer: WeightFakeQuantize, weight: Tensor) -> Tensor:
