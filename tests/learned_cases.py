@@ -34,13 +34,13 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, int, int | None
 
 
 def run(
-    case: tuple[Tensor, Tensor, Tensor, int, int, int | None], grad_scale: float, path: object
+    case: tuple[Tensor, Tensor, Tensor, int, int, int | None], grad_scale: float, path: object, clips: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, scale, zero_point, qmin, qmax, axis = case
     granularity = PER_TENSOR if axis is None else Granularity("per_channel", axis)
     leaves = [t.detach().clone().requires_grad_() for t in (x, scale, zero_point)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(learned, "is_for_native", path)
-        y = fake_quantize_learned(*leaves, qmin, qmax, granularity, grad_scale)
+        y = fake_quantize_learned(*leaves, qmin, qmax, granularity, grad_scale, clips=clips)
         upstream = torch.linspace(-1, 1.5, x.numel()).reshape(x.shape).to(x.dtype)
         return (y.detach(), *torch.autograd.grad(y, leaves, upstream))

@@ -3,6 +3,7 @@
 // The operations of csrc/torch/norm.cpp and csrc/kernels/norm_loops.h, in their order.
 #pragma once
 
+#include "../kernels/norm.h"
 #include "elements.h"
 #include "terms.h"
 
@@ -92,23 +93,37 @@ QAT_HD float norm_gradient(float grad, float x, float factor, float slope, float
 
 // ---- by element
 
-// Clamps, and fake-quantizes where the steps say so; `inside`: strictly between the bounds, and the code not clamped.
-QAT_HD Quantized norm_steps(float v, const NormSteps& steps) {
+// A threshold of 0 leaves nothing out.
+struct DroppingSteps : NormSteps {
+  Drop drop;
+};
+
+QAT_HD bool is_dropped(const Drop& drop, int64_t place) {
+  if (!(drop.threshold > 0.0f)) return false;
+  return place_number(drop_key(drop.seed, place), static_cast<uint32_t>(place)) < drop.threshold;
+}
+
+// Clamps, and fake-quantizes where the steps say so; `inside`: strictly between the bounds, and the gradient of the grid
+// passes. `place`: of the element in memory.
+QAT_HD Quantized norm_steps(float v, const DroppingSteps& steps, int64_t place) {
   const bool inside = steps.low < v && v < steps.high;
   const float raised = v > steps.low ? v : steps.low;
-  // nan becomes zero, whose code it gets without an activation too
-  const float clamped = is_nan(v) ? 0.0f : raised < steps.high ? raised : steps.high;
-  if (!steps.quantize) return {clamped, inside};
+  // activations let nan through
+  const float clamped = is_nan(v) ? v : raised < steps.high ? raised : steps.high;
+  if (!steps.quantize || is_dropped(steps.drop, place)) return {clamped, inside};
   const Quantized q = fake_quantize(clamped, steps.scale, steps.zero_point, steps.codes);
-  return {q.value, inside && q.inside};
+  const bool passes = steps.clips ? between_ends(clamped, steps.scale, steps.zero_point, steps.codes) : q.inside;
+  return {q.value, inside && passes};
 }
 
 // The gradients of steps that quantize.
-QAT_HD LearnedTerms norm_learned_terms(float v, float grad, const NormSteps& steps) {
+QAT_HD LearnedTerms norm_learned_terms(float v, float grad, const DroppingSteps& steps, int64_t place) {
   if (is_nan(v)) return {0.0f, 0.0f, false};
+  const bool inside = steps.low < v && v < steps.high;
+  if (is_dropped(steps.drop, place)) return {0.0f, 0.0f, inside};
   const float clamped = smaller(larger(v, steps.low), steps.high);
-  LearnedTerms terms = learned_terms(clamped, grad, steps.scale, steps.zero_point, steps.codes);
-  terms.inside = terms.inside && steps.low < v && v < steps.high;
+  LearnedTerms terms = grid_terms(clamped, grad, steps.scale, steps.zero_point, steps.codes, steps.clips);
+  terms.inside = terms.inside && inside;
   return terms;
 }
 
@@ -124,16 +139,16 @@ QAT_HD void spread(Octet<float>& to, const float* values, int count, Channel<Ind
   }
 }
 
-// Applies lines and steps in place, and returns the bits.
+// Applies lines and steps in place, and returns the bits. `place`: of the first element in memory.
 QAT_HD uint8_t norm_octet(Octet<float>& x, int count, const Octet<float>& factor, const Octet<float>& shift,
-                          const NormSteps& steps) {
+                          const DroppingSteps& steps, int64_t place) {
   uint32_t bits = 0;
 #ifdef __CUDACC__
 #pragma unroll
 #endif
   for (int i = 0; i < octet; ++i) {
     if (i >= count) break;
-    const Quantized q = norm_steps(on_line(x.value[i], {factor.value[i], shift.value[i]}), steps);
+    const Quantized q = norm_steps(on_line(x.value[i], {factor.value[i], shift.value[i]}), steps, place + i);
     x.value[i] = q.value;
     bits |= static_cast<uint32_t>(q.inside) << i;
   }
@@ -141,14 +156,15 @@ QAT_HD uint8_t norm_octet(Octet<float>& x, int count, const Octet<float>& factor
 }
 
 // The same of sums.
-QAT_HD uint8_t add_octet(Octet<float>& x, const Octet<float>& other, int count, const NormSteps& steps) {
+QAT_HD uint8_t add_octet(Octet<float>& x, const Octet<float>& other, int count, const DroppingSteps& steps,
+                         int64_t place) {
   uint32_t bits = 0;
 #ifdef __CUDACC__
 #pragma unroll
 #endif
   for (int i = 0; i < octet; ++i) {
     if (i >= count) break;
-    const Quantized q = norm_steps((x.value[i] + other.value[i]) + 0.0f, steps);
+    const Quantized q = norm_steps((x.value[i] + other.value[i]) + 0.0f, steps, place + i);
     x.value[i] = q.value;
     bits |= static_cast<uint32_t>(q.inside) << i;
   }

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "../kernels/histogram.h"
+#include "../kernels/norm.h"
 #include "../kernels/ranges.h"
 #include "gather.h"
 #include "requantize.h"
@@ -85,10 +86,10 @@ int64_t reduction_scratch(Layout layout);
 cudaError_t nearest_codes(const float* zero_point, int64_t count, Range range, float* codes, cudaStream_t stream);
 
 // Gradients of a learned grid (LSQ, LSQ+): dx through the range mask, and for each channel the sums of
-// grad * d(y)/d(scale) and grad * d(y)/d(zero_point), times grad_scale.
+// grad * d(y)/d(scale) and grad * d(y)/d(zero_point), times grad_scale. `clips`: of a learned clip (PACT).
 template <class T>
 cudaError_t learned_backward(const T* x, const T* grad, T* dx, Layout layout, const float* scale,
-                             const float* zero_point, Range range, double grad_scale, float* dscale,
+                             const float* zero_point, Range range, bool clips, double grad_scale, float* dscale,
                              float* dzero_point, void* scratch, cudaStream_t stream);
 
 // The same of fake_quantize(w f) / f, the factor being a constant. dzero_point may be null.
@@ -96,6 +97,20 @@ template <class T>
 cudaError_t learned_weight_backward(const T* w, const T* grad, T* dw, Layout layout, const float* scale,
                                     const float* zero_point, Range range, const Factors& f, double grad_scale,
                                     float* dscale, float* dzero_point, void* scratch, cudaStream_t stream);
+
+// out[i] = the number of place i (csrc/kernels/drop_hash.h).
+cudaError_t place_numbers(int64_t seed, float* out, int64_t n, cudaStream_t stream);
+
+// ---- DoReFa's weights
+
+// ratio = m / tanh(m), m the largest magnitude of the extrema (nan where there is one), 1 where that is zero or nan;
+// y = tanh(w) * ratio.
+cudaError_t tanh_weight(const float* w, float* y, int64_t n, const float* low, const float* high, float* ratio,
+                        cudaStream_t stream);
+
+// dw = grad * ratio * (1 - tanh(w)^2)
+cudaError_t tanh_weight_gradient(const float* grad, const float* w, const float* ratio, float* dw, int64_t n,
+                                 cudaStream_t stream);
 
 // ---- batch norm or addition, clamp, fake quantization
 
@@ -124,12 +139,14 @@ cudaError_t track_lines(const float* low, const float* high, const float* factor
                         const int64_t* nonfinite, int64_t channels, Range bounds, int64_t rows,
                         const Tracking& tracking, cudaStream_t stream);
 
-// Steps behind the line or the sum; scale null: no fake quantization.
+// Steps behind the line or the sum; scale null: no fake quantization. A threshold of 0 drops nothing.
 struct StepsOnDevice {
   Range bounds;
   const float* scale;
   const int32_t* zero_point;
   Range codes;
+  bool clips = false;
+  Drop drop{0, 0.0f};
 };
 
 // y = steps of x * factor + shift; bit i of `bits` (may be null) tells that the gradient passes.

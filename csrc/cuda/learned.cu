@@ -13,10 +13,11 @@ struct Terms {
   T* dx;
   const float *scale, *zero_point;
   Range range;
+  bool clips;
 
   __device__ void add(Pair& own, int64_t channel, int64_t at) const {
     const T g = grad[at];
-    const LearnedTerms t = learned_terms(to_float(x[at]), to_float(g), scale[channel], zero_point[channel], range);
+    const LearnedTerms t = grid_terms(to_float(x[at]), to_float(g), scale[channel], zero_point[channel], range, clips);
     dx[at] = t.inside ? g : T(0);  // every element is visited once
     own.add(t.scale, t.zero_point);
   }
@@ -58,9 +59,9 @@ cudaError_t nearest_codes(const float* zero_point, int64_t count, Range range, f
 
 template <class T>
 cudaError_t learned_backward(const T* x, const T* grad, T* dx, Layout layout, const float* scale,
-                             const float* zero_point, Range range, double grad_scale, float* dscale,
+                             const float* zero_point, Range range, bool clips, double grad_scale, float* dscale,
                              float* dzero_point, void* scratch, cudaStream_t stream) {
-  return reduce_channels(Terms<T>{x, grad, dx, scale, zero_point, range}, FinishGrid{grad_scale, dscale, dzero_point},
+  return reduce_channels(Terms<T>{x, grad, dx, scale, zero_point, range, clips}, FinishGrid{grad_scale, dscale, dzero_point},
                          layout, scratch, stream);
 }
 
@@ -73,8 +74,8 @@ cudaError_t learned_weight_backward(const T* w, const T* grad, T* dw, Layout lay
 }
 
 #define QAT_INSTANTIATE(T)                                                                                         \
-  template cudaError_t learned_backward(const T*, const T*, T*, Layout, const float*, const float*, Range, double, \
-                                        float*, float*, void*, cudaStream_t);                                      \
+  template cudaError_t learned_backward(const T*, const T*, T*, Layout, const float*, const float*, Range, bool,   \
+                                        double, float*, float*, void*, cudaStream_t);                              \
   template cudaError_t learned_weight_backward(const T*, const T*, T*, Layout, const float*, const float*, Range,  \
                                                const Factors&, double, float*, float*, void*, cudaStream_t);
 QAT_INSTANTIATE(float)

@@ -75,7 +75,7 @@ template <bool rows, class Index>
 __global__ void __launch_bounds__(threads_per_block)
     apply(const float* x, float* y, uint8_t* bits, Index n, Index channels, Index inner, const float* factor,
           const float* shift, StepsOnDevice on_device, bool aligned) {
-  const NormSteps steps = steps_of(on_device);
+  const DroppingSteps steps = steps_of(on_device);
   const Index octets = (n + octet - 1) / octet, step = static_cast<Index>(gridDim.x) * blockDim.x;
   for (Index o = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; o < octets; o += step) {
     const Index start = o * octet;
@@ -86,7 +86,7 @@ __global__ void __launch_bounds__(threads_per_block)
     const Index column = rows ? start % channels : 0;
     values_of<rows>(factors, factor, column, count, at);
     values_of<rows>(shifts, shift, column, count, at);
-    const uint8_t own = norm_octet(v, count, factors, shifts, steps);
+    const uint8_t own = norm_octet(v, count, factors, shifts, steps, static_cast<int64_t>(start));
     store(y + start, v, count, aligned);
     if (bits != nullptr) bits[o] = own;
   }
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(threads_per_block)
 
 __global__ void __launch_bounds__(threads_per_block) add(const float* x, const float* other, float* y, uint8_t* bits,
                                                          int64_t n, StepsOnDevice on_device, bool aligned) {
-  const NormSteps steps = steps_of(on_device);
+  const DroppingSteps steps = steps_of(on_device);
   const int64_t octets = (n + octet - 1) / octet, step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t o = thread_of_grid(); o < octets; o += step) {
     const int64_t start = o * octet;
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(threads_per_block) add(const float* x, const f
     Octet<float> a, b;
     load(a, x + start, count, aligned);
     load(b, other + start, count, aligned);
-    const uint8_t own = add_octet(a, b, count, steps);
+    const uint8_t own = add_octet(a, b, count, steps, start);
     store(y + start, a, count, aligned);
     if (bits != nullptr) bits[o] = own;
   }

@@ -15,10 +15,11 @@ __device__ inline void set_line(const float* gamma, const float* beta, const flo
   shift[c] = line.shift;
 }
 
-__device__ inline NormSteps steps_of(const StepsOnDevice& s) {
+__device__ inline DroppingSteps steps_of(const StepsOnDevice& s) {
   const bool quantize = s.scale != nullptr;
-  return {s.bounds.low, s.bounds.high, quantize, quantize ? *s.scale : 1.0f,
-          quantize ? static_cast<float>(*s.zero_point) : 0.0f, s.codes};
+  return {{s.bounds.low, s.bounds.high, quantize, quantize ? *s.scale : 1.0f,
+           quantize ? static_cast<float>(*s.zero_point) : 0.0f, s.codes, s.clips},
+          s.drop};
 }
 
 struct ProductFinish {

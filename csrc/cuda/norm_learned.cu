@@ -19,7 +19,7 @@ struct NormTerms {
 
   __device__ void add(Quad& own, int64_t channel, int64_t at) const {
     const float v = x[at], g = grad[at];
-    const LearnedTerms t = norm_learned_terms(on_line(v, {factor[channel], shift[channel]}), g, steps_of(steps));
+    const LearnedTerms t = norm_learned_terms(on_line(v, {factor[channel], shift[channel]}), g, steps_of(steps), at);
     add_product(own.products, t.inside ? g : 0.0f, v);
     own.grid.add(t.scale, t.zero_point);
   }
@@ -52,7 +52,7 @@ struct SumTerms {
 
   __device__ void add(Pair& own, int64_t, int64_t at) const {
     const float g = grad[at];
-    const LearnedTerms t = norm_learned_terms((x[at] + other[at]) + 0.0f, g, steps_of(steps));
+    const LearnedTerms t = norm_learned_terms((x[at] + other[at]) + 0.0f, g, steps_of(steps), at);
     dx[at] = t.inside ? g : 0.0f;  // every element is visited once
     own.add(t.scale, t.zero_point);
   }

@@ -81,6 +81,23 @@ QAT_HD LearnedTerms learned_terms(float x, float grad, float scale, float zero_p
   return {grad * reached, grad * (0.0f - scale), false};
 }
 
+// Whether a value lies between the ends of the grid, or on one.
+QAT_HD bool between_ends(float x, float scale, float zero_point, Range range) {
+  return (range.low - zero_point) * scale <= x && x <= (range.high - zero_point) * scale;
+}
+
+// Of a learned clip: Choi et al., "PACT" (2018).
+QAT_HD LearnedTerms clip_terms(float x, float grad, float scale, float zero_point, Range range) {
+  if (is_nan(x)) return {0.0f, 0.0f, false};
+  if (between_ends(x, scale, zero_point, range)) return {0.0f, 0.0f, true};
+  // a grid has zero on it, so what is clipped at its lower end is negative
+  return {grad * ((x < 0.0f ? range.low : range.high) - zero_point), 0.0f, false};
+}
+
+QAT_HD LearnedTerms grid_terms(float x, float grad, float scale, float zero_point, Range range, bool clips) {
+  return clips ? clip_terms(x, grad, scale, zero_point, range) : learned_terms(x, grad, scale, zero_point, range);
+}
+
 // A learned zero point is any number; the grid has the nearest code.
 QAT_HD float nearest_code(float zero_point, Range range) {
   return smaller(larger(round_even(zero_point), range.low), range.high);

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "drop_hash.h"
+
 namespace qat {
 
 // Grid of codes. All are float32 numbers, whole for z, low and high, and at most 2^23 in magnitude for low and high.
@@ -46,22 +48,24 @@ struct TypedKernels {
   void (*weight_run)(const T* x, T* y, uint8_t* bits, int64_t n, float factor, float scale, float zero_point,
                      Range range);
   // Gradients of a fake quantization: dx[i] that of x; ds[i] and dz[i] (may be null) what the element adds to those of the
-  // scale and of the zero point. dx may be grad.
+  // scale and of the zero point. dx may be grad. `clips`: those of a learned clip (PACT) instead.
   void (*learned_run)(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, float scale, float zero_point,
-                      Range range);
+                      Range range, bool clips);
   void (*learned_each)(const T* grad, const T* x, T* dx, float* ds, float* dz, int64_t n, const float* scale,
-                       const float* zero_point, Range range);
+                       const float* zero_point, Range range, bool clips);
   // The same of weight_run, where ds[i] and dz[i] are still to be divided by the factor.
   void (*weight_learned_run)(const T* grad, const T* w, T* dw, float* ds, float* dz, int64_t n, float factor,
                              float scale, float zero_point, Range range);
 };
 
-// Steps of a pass of norm.h: clamp to [low, high], then fake-quantize if `quantize`.
+// Steps of a pass of norm.h: clamp to [low, high], then fake-quantize if `quantize`; gradients are those of a learned clip if
+// `clips`.
 struct NormSteps {
   float low, high;
   bool quantize;
   float scale, zero_point;
   Range codes;
+  bool clips = false;
 };
 
 struct NormKernels {
@@ -92,6 +96,21 @@ struct NormKernels {
                        const float* shift, const NormSteps& steps);
 };
 
+// QDrop: numbers by place (drop_hash.h), and elements that keep their value where the number is below a threshold.
+struct DropKernels {
+  // out[i] = the number of the place first + i, of which the upper 32 bits do not change.
+  void (*place_numbers)(DropKey key, int64_t first, float* out, int64_t n);
+  // Where it is below: y[i] = kept[i], and bit i of `bits` (may be null) that of `kept_bits`.
+  void (*keep_run)(const float* numbers, float threshold, const float* kept, const uint8_t* kept_bits, float* y,
+                   uint8_t* bits, int64_t n);
+};
+
+// y[i] = tanh(x[i]) * ratio, and dx[i] = grad[i] * ratio * (1 - tanh(x[i])^2).
+struct TanhKernels {
+  void (*run)(const float* x, float* y, int64_t n, float ratio);
+  void (*gradient_run)(const float* grad, const float* x, float* dx, int64_t n, float ratio);
+};
+
 struct Kernels {
   const char* isa;
   // The sum of x in an order that only n decides, and sum[i] += x[i].
@@ -103,6 +122,8 @@ struct Kernels {
   TypedKernels<float> f32;
   TypedKernels<uint16_t> bf16;
   NormKernels norm;
+  DropKernels drop;
+  TanhKernels tanh;
 };
 
 // One for each source file; null where the file was not compiled for this architecture.

@@ -101,17 +101,18 @@ void learned_rows(const Kernels& kernels, ParallelFor parallel, const T* grad, c
 
 template <class T>
 void learned_gradient(const Kernels& kernels, ParallelFor parallel, const T* grad, const T* x, T* dx, Layout layout,
-                      const float* scale, const float* zero_point, Range range, const GridGradient& sums) {
+                      const float* scale, const float* zero_point, Range range, const GridGradient& sums,
+                      bool clips) {
   const TypedKernels<T>& k = typed<T>(kernels);
   const BlockGrids grids(layout, scale, zero_point);
   sum_parts(kernels, parallel, layout, sums, [&](int64_t begin, int64_t end, float* ds, float* dz) {
     grids.with(
         begin, end,
         [&](float s, float z) {
-          k.learned_run(grad + begin, x + begin, dx + begin, ds, dz, end - begin, s, z, range);
+          k.learned_run(grad + begin, x + begin, dx + begin, ds, dz, end - begin, s, z, range, clips);
         },
         [&](const float* s, const float* z) {
-          k.learned_each(grad + begin, x + begin, dx + begin, ds, dz, end - begin, s, z, range);
+          k.learned_each(grad + begin, x + begin, dx + begin, ds, dz, end - begin, s, z, range, clips);
         });
   });
 }
@@ -139,9 +140,9 @@ void learned_weight_gradient(const Kernels& kernels, ParallelFor parallel, const
     k.multiply_each(grad + begin, ones, gradient, n);
     grids.with(
         begin, end,
-        [&](float s, float z) { kernels.f32.learned_run(gradient, folded, gradient, ds, dz, n, s, z, range); },
+        [&](float s, float z) { kernels.f32.learned_run(gradient, folded, gradient, ds, dz, n, s, z, range, false); },
         [&](const float* s, const float* z) {
-          kernels.f32.learned_each(gradient, folded, gradient, ds, dz, n, s, z, range);
+          kernels.f32.learned_each(gradient, folded, gradient, ds, dz, n, s, z, range, false);
         });
     k.divide_each(gradient, ones, dw + begin, n);
     kernels.f32.divide_each(ds, f, ds, n);
@@ -151,7 +152,7 @@ void learned_weight_gradient(const Kernels& kernels, ParallelFor parallel, const
 
 #define QAT_INSTANTIATE(T)                                                                                          \
   template void learned_gradient<T>(const Kernels&, ParallelFor, const T*, const T*, T*, Layout, const float*,       \
-                                    const float*, Range, const GridGradient&);                                       \
+                                    const float*, Range, const GridGradient&, bool);                                 \
   template void learned_weight_gradient<T>(const Kernels&, ParallelFor, const T*, const T*, T*, Layout,              \
                                            const Factor&, const float*, const float*, Range, const GridGradient&);
 QAT_INSTANTIATE(float)

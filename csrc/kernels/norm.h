@@ -13,15 +13,26 @@ struct Moments {
 void channel_moments(const Kernels& kernels, ParallelFor parallel, const float* x, Layout layout,
                      const Moments& moments);
 
-// What happens to x: v = x * factor + shift, by channel; clamped to `bounds`; fake-quantized where `grid` is given.
+// Elements that keep what they are before fake quantization (QDrop): those whose number (drop_hash.h) is below `threshold`.
+// Their places are those in memory.
+struct Drop {
+  int64_t seed;
+  float threshold;
+};
+
+// What happens to x: v = x * factor + shift, by channel; clamped to `bounds`; fake-quantized where `grid` is given, some
+// elements left out where `drop` is. With `clips` the gradients are those of a learned clip.
 struct NormPass {
   const float *factor, *shift;
   Range bounds;
   const CodeGrid* grid;
   Range codes;
+  bool clips = false;
+  const Drop* drop = nullptr;
 };
 
-// bit i of `bits` (may be null) tells that v lies strictly between the bounds and its code was not clamped. y may be x.
+// bit i of `bits` (may be null) tells that v lies strictly between the bounds and its code was not clamped (with `clips`:
+// and v not clipped), or is not fake-quantized. y may be x.
 void norm_quantize(const Kernels& kernels, ParallelFor parallel, const float* x, float* y, uint8_t* bits, Layout layout,
                    const NormPass& pass);
 

@@ -28,11 +28,14 @@ GridSums learned_gradient_sums(const Kernels& kernels, ParallelFor parallel, con
 }
 
 GridSums add_learned_gradient(const Kernels& kernels, ParallelFor parallel, const float* grad, const float* x,
-                              const float* other, float* dx, int64_t n, Range bounds, const CodeGrid& grid,
-                              Range codes, bool with_zero_point) {
+                              const float* other, float* dx, int64_t n, const NormPass& pass, bool with_zero_point) {
   Parts parts({1, 1, n}, 0);
   std::vector<GridSums> sums(static_cast<size_t>(parts.count()));
-  const NormSteps steps{bounds.low, bounds.high, true, grid.scale, static_cast<float>(grid.zero_point), codes};
+  const NormSteps steps{pass.bounds.low, pass.bounds.high, true, pass.grid->scale,
+                        static_cast<float>(pass.grid->zero_point), pass.codes, pass.clips};
+  NormSteps kept_steps = steps;
+  kept_steps.quantize = false;
+  const Dropping dropping(kernels, pass.drop);
   parts.run(parallel, [&](int64_t first, int64_t last, double*) {
     GridSums& own = sums[static_cast<size_t>(parts.index_of(first))];
     float total[block], ds[block], zero_points[block];
@@ -41,6 +44,11 @@ GridSums add_learned_gradient(const Kernels& kernels, ParallelFor parallel, cons
       const int64_t length = std::min(begin + block, last) - begin;
       kernels.norm.add_run(x + begin, other + begin, total, length);
       kernels.norm.learned_run(grad + begin, total, dx + begin, ds, dz, length, 1.0f, 0.0f, steps);
+      if (dropping.drops()) {
+        uint8_t kept_bits[block / 8];
+        kernels.norm.norm_run(total, total, kept_bits, length, 1.0f, 0.0f, kept_steps);
+        dropping.gradient(begin, begin + length, grad + begin, kept_bits, dx + begin, ds, dz);
+      }
       add_block(kernels, ds, dz, length, own);
     }
   });

@@ -14,9 +14,8 @@ struct GridSums {
 GridSums learned_gradient_sums(const Kernels& kernels, ParallelFor parallel, const float* grad, const float* x,
                                Layout layout, const NormPass& pass, bool with_zero_point, double* sum, double* product);
 
-// Of an addition, clamp and fake quantization: dx is the gradient of either operand.
+// Of an addition and the steps of the pass, whose line is not used: dx is the gradient of either operand.
 GridSums add_learned_gradient(const Kernels& kernels, ParallelFor parallel, const float* grad, const float* x,
-                              const float* other, float* dx, int64_t n, Range bounds, const CodeGrid& grid,
-                              Range codes, bool with_zero_point);
+                              const float* other, float* dx, int64_t n, const NormPass& pass, bool with_zero_point);
 
 }  // namespace qat

@@ -1,7 +1,8 @@
 // The loops of `NormKernels`, over a vector type V; what holds for training_loops.h holds here.
 #pragma once
 
-#include "training_loops.h"
+#include "drop_loops.h"
+#include "learned_loops.h"
 
 namespace qat {
 namespace {
@@ -46,7 +47,7 @@ inline EachAffine tail(const EachAffine& affine, int64_t i, int64_t rest, float*
   return {buffer, buffer + 16};
 }
 
-template <class V, bool Quantize, class Affine>
+template <class V, bool Quantize, bool Clips, class Affine>
 inline void norm_loop(const float* x, float* y, uint8_t* bits, int64_t n, const Affine& affine,
                       const NormSteps& steps) {
   const auto low = V::set(steps.low), high = V::set(steps.high);
@@ -58,6 +59,7 @@ inline void norm_loop(const float* x, float* y, uint8_t* bits, int64_t n, const 
     if (!Quantize) return clamped;
     typename V::Mask coded;
     const auto out = quantize_vector<V>(clamped, scale, zero_point, first, last, coded);
+    if (Clips) coded = between_ends<V>(clamped, scale, zero_point, first, last);
     inside = V::both(inside, coded);
     return out;
   };
@@ -78,22 +80,28 @@ inline void norm_loop(const float* x, float* y, uint8_t* bits, int64_t n, const 
   for (int64_t byte = 0; 8 * byte < rest; ++byte) bits[i / 8 + byte] = static_cast<uint8_t>(mask >> (8 * byte));
 }
 
+template <class V, class Affine>
+inline void norm_steps(const float* x, float* y, uint8_t* bits, int64_t n, const Affine& affine,
+                       const NormSteps& steps) {
+  if (!steps.quantize) norm_loop<V, false, false>(x, y, bits, n, affine, steps);
+  else if (steps.clips) norm_loop<V, true, true>(x, y, bits, n, affine, steps);
+  else norm_loop<V, true, false>(x, y, bits, n, affine, steps);
+}
+
 template <class V>
 void norm_run(const float* x, float* y, uint8_t* bits, int64_t n, float factor, float shift, const NormSteps& steps) {
-  const OneAffine affine{factor, shift};
-  steps.quantize ? norm_loop<V, true>(x, y, bits, n, affine, steps) : norm_loop<V, false>(x, y, bits, n, affine, steps);
+  norm_steps<V>(x, y, bits, n, OneAffine{factor, shift}, steps);
 }
 
 template <class V>
 void norm_each(const float* x, float* y, uint8_t* bits, int64_t n, const float* factor, const float* shift,
                const NormSteps& steps) {
-  const EachAffine affine{factor, shift};
-  steps.quantize ? norm_loop<V, true>(x, y, bits, n, affine, steps) : norm_loop<V, false>(x, y, bits, n, affine, steps);
+  norm_steps<V>(x, y, bits, n, EachAffine{factor, shift}, steps);
 }
 
 // Gradients of `norm_loop` that quantizes: dx is g where its bit was set; ds and dz (may be null) are what the element
 // adds to those of the grid.
-template <class V, class Affine>
+template <class V, bool Clips, class Affine>
 inline void norm_learned_loop(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n,
                               const Affine& affine, const NormSteps& steps) {
   const auto low = V::set(steps.low), high = V::set(steps.high);
@@ -103,7 +111,7 @@ inline void norm_learned_loop(const float* g, const float* x, float* dx, float* 
     const auto factor = with.template factor_at<V>(i), shift = with.template shift_at<V>(i);
     typename V::Mask inside;
     const auto clamped = norm_vector<V>(v, factor, shift, low, high, inside);
-    LearnedTerms<V> terms = learned_terms<V>(gradient, clamped, scale, zero_point, first, last);
+    LearnedTerms<V> terms = grid_terms<V, Clips>(gradient, clamped, scale, zero_point, first, last);
     terms.dx = V::keep(inside, terms.dx);
     return terms;
   };
@@ -132,13 +140,17 @@ inline void norm_learned_loop(const float* g, const float* x, float* dx, float* 
 template <class V>
 void norm_learned_run(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n, float factor,
                       float shift, const NormSteps& steps) {
-  norm_learned_loop<V>(g, x, dx, ds, dz, n, OneAffine{factor, shift}, steps);
+  const OneAffine affine{factor, shift};
+  steps.clips ? norm_learned_loop<V, true>(g, x, dx, ds, dz, n, affine, steps)
+              : norm_learned_loop<V, false>(g, x, dx, ds, dz, n, affine, steps);
 }
 
 template <class V>
 void norm_learned_each(const float* g, const float* x, float* dx, float* ds, float* dz, int64_t n, const float* factor,
                        const float* shift, const NormSteps& steps) {
-  norm_learned_loop<V>(g, x, dx, ds, dz, n, EachAffine{factor, shift}, steps);
+  const EachAffine affine{factor, shift};
+  steps.clips ? norm_learned_loop<V, true>(g, x, dx, ds, dz, n, affine, steps)
+              : norm_learned_loop<V, false>(g, x, dx, ds, dz, n, affine, steps);
 }
 
 // The compiler makes vectors of what follows; the order of the additions is written out, the same everywhere.
@@ -273,7 +285,7 @@ constexpr NormKernels norm_kernels() {
 template <class V>
 constexpr Kernels all_kernels(const char* isa) {
   return {isa, &sum_run, &sum_each, &clip_error, typed_kernels<V, float>(), typed_kernels<V, uint16_t>(),
-          norm_kernels<V>()};
+          norm_kernels<V>(), {&place_numbers, &keep_run<V>}, {&tanh_run<V>, &tanh_gradient_run<V>}};
 }
 
 }  // namespace

@@ -11,9 +11,9 @@ namespace {
 using namespace qat::ops;
 using namespace qat::ops::gpu;
 
-// grad_scale is for the gradient only, which is registered in Python.
+// grad_scale and clips are for the gradient only, which is registered in Python.
 Tensor fake_quantize_learned_forward(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax,
-                                     int64_t axis, double) {
+                                     int64_t axis, double, bool) {
   const Device device(x);
   check_values(x, "x", device.index);
   const LearnedGrid g = learned_grid(x, scale, zero_point, qmin, qmax, axis, device.stream);
@@ -33,7 +33,8 @@ Tensor fake_quantize_learned_forward(Tensor x, Tensor scale, Tensor zero_point, 
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale,
                                                                   Tensor zero_point, int64_t qmin, int64_t qmax,
-                                                                  int64_t axis, double grad_scale) {
+                                                                  int64_t axis, double grad_scale,
+                                                                  bool clips) {
   const Device device(x);
   check_values(x, "x", device.index);
   check_values(grad, "grad", device.index);
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, T
     check_launch(qat::cuda::learned_backward<T>(
                      static_cast<const T*>(from.const_data_ptr()), static_cast<const T*>(gradient.const_data_ptr()),
                      static_cast<T*>(dx.mutable_data_ptr()), layout, g.scale.const_data_ptr<float>(),
-                     g.zero_point.const_data_ptr<float>(), g.range, grad_scale, ds.mutable_data_ptr<float>(),
+                     g.zero_point.const_data_ptr<float>(), g.range, clips, grad_scale, ds.mutable_data_ptr<float>(),
                      dz.mutable_data_ptr<float>(), scratch.mutable_data_ptr(), device.stream),
                  "fake_quantize_learned_backward");
   });

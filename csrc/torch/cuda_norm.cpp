@@ -126,11 +126,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize_forward(
     Tensor x, OptionalTensor gamma, OptionalTensor beta, OptionalTensor running_mean, OptionalTensor running_var,
     bool batch_statistics, double momentum, double eps, double low_bound, double high_bound, OptionalTensor low,
     OptionalTensor high, OptionalTensor scale, OptionalTensor zero_point, OptionalTensor tracked, bool track,
-    double average, int64_t qmin, int64_t qmax, bool symmetric, int64_t middle, bool power_of_two, bool with_mask) {
+    double average, int64_t qmin, int64_t qmax, bool symmetric, int64_t middle, bool power_of_two, bool with_mask,
+    OptionalTensor seed, double drop) {
   const Device device(x);
   const qat::Range bounds = bounds_of(low_bound, high_bound);
-  const Quantizer quantizer(low, high, scale, zero_point, tracked, track, average, qmin, qmax,
-                            {qmin, qmax, symmetric, middle, power_of_two}, bounds, device);
+  Quantizer quantizer(low, high, scale, zero_point, tracked, track, average, qmin, qmax,
+                      {qmin, qmax, symmetric, middle, power_of_two}, bounds, device);
+  quantizer.steps.drop = drop_or_none(seed, drop);
   return norm_forward(device, x, {gamma, beta, running_mean, running_var, batch_statistics, momentum, eps}, bounds,
                       quantizer, with_mask);
 }
@@ -153,11 +155,13 @@ std::tuple<Tensor, Tensor> add_quantize_forward(Tensor x, Tensor other, double l
                                                 OptionalTensor low, OptionalTensor high, OptionalTensor scale,
                                                 OptionalTensor zero_point, OptionalTensor tracked, bool track,
                                                 double average, int64_t qmin, int64_t qmax, bool symmetric,
-                                                int64_t middle, bool power_of_two, bool with_mask) {
+                                                int64_t middle, bool power_of_two, bool with_mask,
+                                                OptionalTensor seed, double drop) {
   const Device device(x);
   const qat::Range bounds = bounds_of(low_bound, high_bound);
-  const Quantizer quantizer(low, high, scale, zero_point, tracked, track, average, qmin, qmax,
-                            {qmin, qmax, symmetric, middle, power_of_two}, bounds, device);
+  Quantizer quantizer(low, high, scale, zero_point, tracked, track, average, qmin, qmax,
+                      {qmin, qmax, symmetric, middle, power_of_two}, bounds, device);
+  quantizer.steps.drop = drop_or_none(seed, drop);
   return add_forward(device, x, other, bounds, quantizer, with_mask);
 }
 

@@ -57,6 +57,10 @@ struct BatchNorm {
   double momentum, eps;
 };
 
+inline qat::Drop drop_or_none(const OptionalTensor& seed, double probability) {
+  return drop_of(seed, probability).value_or(qat::Drop{0, 0.0f});
+}
+
 inline qat::Range bounds_of(double low, double high) { return {static_cast<float>(low), static_cast<float>(high)}; }
 
 // Result, mask, and the mean and inverse deviation that were used; `device` is that of x.

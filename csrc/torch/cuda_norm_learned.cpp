@@ -11,11 +11,11 @@ using namespace qat::ops::gpu;
 
 struct Learned {
   Learned(const Tensor& x, double low_bound, double high_bound, const Tensor& scale, const Tensor& zero_point,
-          int64_t qmin, int64_t qmax, const Device& device)
+          int64_t qmin, int64_t qmax, bool clips, const OptionalTensor& seed, double drop, const Device& device)
       : grid(learned_grid(x, scale, zero_point, qmin, qmax, -1, device.stream)),
         code(torch::stable::to(grid.zero_point, ScalarType::Int)),
         steps{bounds_of(low_bound, high_bound), grid.scale.const_data_ptr<float>(), code.const_data_ptr<int32_t>(),
-              grid.range} {}
+              grid.range, clips, drop_or_none(seed, drop)} {}
 
   LearnedGrid grid;
   Tensor code;
@@ -25,9 +25,9 @@ struct Learned {
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize_learned_forward(
     Tensor x, OptionalTensor gamma, OptionalTensor beta, OptionalTensor running_mean, OptionalTensor running_var,
     bool batch_statistics, double momentum, double eps, double low_bound, double high_bound, Tensor scale,
-    Tensor zero_point, int64_t qmin, int64_t qmax, bool with_mask) {
+    Tensor zero_point, int64_t qmin, int64_t qmax, bool with_mask, bool clips, OptionalTensor seed, double drop) {
   const Device device(x);
-  const Learned learned(x, low_bound, high_bound, scale, zero_point, qmin, qmax, device);
+  const Learned learned(x, low_bound, high_bound, scale, zero_point, qmin, qmax, clips, seed, drop, device);
   return norm_forward(device, x, {gamma, beta, running_mean, running_var, batch_statistics, momentum, eps},
                       learned.steps.bounds, Quantizer(learned.steps), with_mask);
 }
@@ -35,10 +35,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_quantize_learned_forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_quantize_learned_backward(
     Tensor grad, Tensor x, Tensor mask_bits, OptionalTensor gamma, OptionalTensor beta, Tensor mean, Tensor invstd,
     bool batch_statistics, double low_bound, double high_bound, Tensor scale, Tensor zero_point, int64_t qmin,
-    int64_t qmax, double grad_scale, bool with_zero_point) {
+    int64_t qmax, double grad_scale, bool with_zero_point, bool clips, OptionalTensor seed, double drop) {
   const Device device(x);
   const NormBackward b(device, grad, {x, mask_bits, gamma, mean, invstd, batch_statistics}, true);
-  const Learned learned(x, low_bound, high_bound, scale, zero_point, qmin, qmax, device);
+  const Learned learned(x, low_bound, high_bound, scale, zero_point, qmin, qmax, clips, seed, drop, device);
   const int64_t channels = x.size(1);
   const OptionalTensor bias = by_channel(beta, "beta", channels, device.index);
   const Tensor ds = new_cuda(x, sizes_of(scale), ScalarType::Float),
@@ -58,16 +58,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> norm_quantize_learned_backwar
 
 // grad_scale is for the gradient only, which is registered in Python.
 Tensor add_quantize_learned_forward(Tensor x, Tensor other, double low_bound, double high_bound, Tensor scale,
-                                    Tensor zero_point, int64_t qmin, int64_t qmax, double) {
+                                    Tensor zero_point, int64_t qmin, int64_t qmax, double, bool clips,
+                                    OptionalTensor seed, double drop) {
   const Device device(x);
-  const Learned learned(x, low_bound, high_bound, scale, zero_point, qmin, qmax, device);
+  const Learned learned(x, low_bound, high_bound, scale, zero_point, qmin, qmax, clips, seed, drop, device);
   return std::get<0>(add_forward(device, x, other, learned.steps.bounds, Quantizer(learned.steps), false));
 }
 
 std::tuple<Tensor, Tensor, Tensor> add_quantize_learned_backward(Tensor grad, Tensor x, Tensor other, double low_bound,
                                                                  double high_bound, Tensor scale, Tensor zero_point,
                                                                  int64_t qmin, int64_t qmax, double grad_scale,
-                                                                 bool with_zero_point) {
+                                                                 bool with_zero_point, bool clips,
+                                                                 OptionalTensor seed, double drop) {
   const Device device(x);
   check_float(grad, "grad", device.index);
   check_float(x, "x", device.index);
@@ -75,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> add_quantize_learned_backward(Tensor grad, Te
   check(sizes_of(x) == sizes_of(other) && sizes_of(x) == sizes_of(grad),
         "grad of shape " + shape_of(grad) + " and other of shape " + shape_of(other) + " do not fit x of shape " +
             shape_of(x) + "; give those of one forward pass");
-  const Learned learned(x, low_bound, high_bound, scale, zero_point, qmin, qmax, device);
+  const Learned learned(x, low_bound, high_bound, scale, zero_point, qmin, qmax, clips, seed, drop, device);
   const Tensor dx = torch::stable::empty_like(x);
   Tensor ds = new_cuda(x, sizes_of(scale), ScalarType::Float),
          dz = new_zero_point_gradient(x, zero_point, with_zero_point);

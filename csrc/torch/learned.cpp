@@ -8,9 +8,9 @@ namespace {
 
 using namespace qat::ops;
 
-// grad_scale is for the gradient only, which is registered in Python.
+// grad_scale and clips are for the gradient only, which is registered in Python.
 Tensor fake_quantize_learned_forward(Tensor x, Tensor scale, Tensor zero_point, int64_t qmin, int64_t qmax,
-                                     int64_t axis, double) {
+                                     int64_t axis, double, bool) {
   check_values(x, "x");
   const LearnedGrid g = learned_grid(x, scale, zero_point, qmin, qmax, axis);
   Tensor y = torch::stable::empty_like(x);
@@ -28,7 +28,8 @@ Tensor fake_quantize_learned_forward(Tensor x, Tensor scale, Tensor zero_point, 
 
 std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale,
                                                                   Tensor zero_point, int64_t qmin, int64_t qmax,
-                                                                  int64_t axis, double grad_scale) {
+                                                                  int64_t axis, double grad_scale,
+                                                                  bool clips) {
   check_values(x, "x");
   check_values(grad, "grad");
   check(grad.scalar_type() == x.scalar_type() && shape_of(grad) == shape_of(x),
@@ -47,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_learned_backward(Tensor grad, T
       qat::learned_gradient<T>(kernels(), parallel, static_cast<const T*>(gradient.const_data_ptr()),
                                static_cast<const T*>(from.const_data_ptr()), static_cast<T*>(dx.mutable_data_ptr()),
                                layout, g.scale.data(), g.zero_point.data(), g.range,
-                               {scales.data(), zero_points.data()});
+                               {scales.data(), zero_points.data()}, clips);
     });
   }
   write_sums(scales, grad_scale, ds);
@@ -116,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor> fake_quantize_weight_learned_backward(
 
 STABLE_TORCH_LIBRARY_FRAGMENT(qat, m) {
   m.def("fake_quantize_learned_forward(Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, int axis=-1, "
-        "float grad_scale=1.0) -> Tensor");
+        "float grad_scale=1.0, bool clips=False) -> Tensor");
   m.def("fake_quantize_learned_backward(Tensor grad, Tensor x, Tensor scale, Tensor zero_point, int qmin, int qmax, "
-        "int axis=-1, float grad_scale=1.0) -> (Tensor, Tensor, Tensor)");
+        "int axis=-1, float grad_scale=1.0, bool clips=False) -> (Tensor, Tensor, Tensor)");
   m.def("fake_quantize_weight_learned_forward(Tensor weight, Tensor scale, Tensor zero_point, Tensor? gamma, "
         "Tensor var, float eps, float gamma_floor, int qmin, int qmax, int axis, int channel_axis=0, int groups=1, "
         "float grad_scale=1.0) -> (Tensor, Tensor)");

@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const B
   qat::norm_quantize(kernels(), parallel, data, y.mutable_data_ptr<float>(),
                      with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr, layout,
                      {lines.factor.data(), lines.shift.data(), bounds, quantizer.quantizes ? &grid : nullptr,
-                      quantizer.range});
+                      quantizer.range, quantizer.clips, quantizer.drop ? &*quantizer.drop : nullptr});
   return {y, bits, mean, invstd};
 }
 
@@ -159,7 +159,8 @@ std::tuple<Tensor, Tensor> add_forward(const Tensor& x, const Tensor& other, qat
   if (quantizer.quantizes) grid = quantizer.grid();
   const float one = 1.0f, zero = 0.0f;
   qat::norm_quantize(kernels(), parallel, out, out, with_mask ? bits.mutable_data_ptr<uint8_t>() : nullptr, {1, 1, n},
-                     {&one, &zero, bounds, quantizer.quantizes ? &grid : nullptr, quantizer.range});
+                     {&one, &zero, bounds, quantizer.quantizes ? &grid : nullptr, quantizer.range, quantizer.clips,
+                      quantizer.drop ? &*quantizer.drop : nullptr});
   return {y, bits};
 }
 

@@ -13,15 +13,17 @@ struct Quantizer {
   Quantizer(const OptionalTensor& low, const OptionalTensor& high, const OptionalTensor& scale,
             const OptionalTensor& zero_point, const OptionalTensor& tracked, bool track, double momentum, int64_t qmin,
             int64_t qmax, bool symmetric, int64_t middle, bool power_of_two);
-  Quantizer(qat::CodeGrid given, qat::Range range) : quantizes(true), range(range), given_(given) {}
+  Quantizer(qat::CodeGrid given, qat::Range range, bool clips)
+      : quantizes(true), clips(clips), range(range), given_(given) {}
 
   void follow(float low, float high, int64_t rows) const;
   qat::CodeGrid grid() const {
     return state_.scale == nullptr ? given_ : qat::CodeGrid{*state_.scale, *state_.zero_point};
   }
 
-  bool quantizes, tracks = false;
+  bool quantizes, tracks = false, clips = false;
   qat::Range range{0.0f, 1.0f};
+  std::optional<qat::Drop> drop;
 
  private:
   float momentum_ = 0.0f;

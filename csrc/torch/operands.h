@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
@@ -15,6 +16,7 @@
 #include <utility>
 #include <vector>
 
+#include "../kernels/norm.h"
 #include "../kernels/ranges.h"
 
 namespace qat::ops {
@@ -111,6 +113,16 @@ inline int64_t outputs_of(const Tensor& weight, int64_t channel_axis, int64_t gr
 inline void check_mantissa(int64_t mantissa_bits) {
   check(mantissa_bits >= 0 && mantissa_bits <= 10,
         "mantissa_bits " + std::to_string(mantissa_bits) + " is outside [0, 10]; choose one of these");
+}
+
+// Which elements keep their value (QDrop); none without a seed, which is on the CPU whatever the device is.
+inline std::optional<qat::Drop> drop_of(const OptionalTensor& seed, double probability) {
+  if (!seed.has_value()) return std::nullopt;
+  check(seed->is_cpu() && seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+        "seed is not one int64 value on the CPU; give such a tensor");
+  check(probability >= 0.0 && probability <= 1.0,
+        "drop is " + std::to_string(probability) + "; give a probability in [0, 1]");
+  return qat::Drop{*seed->const_data_ptr<int64_t>(), static_cast<float>(std::nearbyint(probability * 0x1p24))};
 }
 
 // Of a gradient, in the order of memory that `strides` name.

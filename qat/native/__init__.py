@@ -2,7 +2,7 @@
 
 from qat.native.learned import fake_quantize_learned, fake_quantize_weight_learned
 from qat.native.loading import Status, runs_on, status
-from qat.native.norm import Grid, Norm, add_quantize, norm_quantize
+from qat.native.norm import Drop, Grid, Norm, add_quantize, drop_numbers, norm_quantize
 from qat.native.norm_learned import LearnedGrid, add_quantize_learned, norm_quantize_learned
 from qat.native.norm_statistics import add_observe, norm_observe
 from qat.native.observers import (
@@ -16,9 +16,11 @@ from qat.native.observers import (
 )
 from qat.native.operators import fake_quantize
 from qat.native.ranges import BatchNormFactor, GridRule, fake_quantize_track, fake_quantize_weight
+from qat.native.tanh import tanh_weight
 
 __all__ = [
     "BatchNormFactor",
+    "Drop",
     "Grid",
     "GridRule",
     "LearnedGrid",
@@ -29,6 +31,7 @@ __all__ = [
     "add_quantize",
     "add_quantize_learned",
     "clip_ranges",
+    "drop_numbers",
     "fake_quantize",
     "fake_quantize_learned",
     "fake_quantize_observe",
@@ -44,4 +47,5 @@ __all__ = [
     "observe_range",
     "runs_on",
     "status",
+    "tanh_weight",
 ]

@@ -21,6 +21,7 @@ def fake_quantize_learned(
     qmax: int,
     axis: int | None = None,
     grad_scale: float = 1.0,
+    clips: bool = False,
 ) -> Tensor:
     """Return `qat.quantizers.learned.fake_quantize_learned`: the value bit for bit, gradients up to their rounding.
 
@@ -35,8 +36,9 @@ def fake_quantize_learned(
         qmax: Largest code, at most 2**23.
         axis: Dimension of the channels; None for per-tensor.
         grad_scale: Factor of the gradients of scale and zero point.
+        clips: The gradients are those of a learned clip.
     """
-    rest = (qmin, qmax, axis_of(x, axis), grad_scale)
+    rest = (qmin, qmax, axis_of(x, axis), grad_scale, clips)
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad or zero_point.requires_grad):
         out: Tensor = _Learned.apply(x, scale, zero_point, rest)  # type: ignore[no-untyped-call]
         return out
@@ -132,7 +134,14 @@ def register() -> None:
 
 
 def _fake_forward(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, axis: int = -1, grad_scale: float = 1.0
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    axis: int = -1,
+    grad_scale: float = 1.0,
+    clips: bool = False,
 ) -> Tensor:
     return torch.empty_like(x)
 
@@ -146,6 +155,7 @@ def _fake_backward(
     qmax: int,
     axis: int = -1,
     grad_scale: float = 1.0,
+    clips: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grids = (values.new_empty(values.shape, dtype=torch.float32) for values in (scale, zero_point))
     return torch.empty_like(x), *grids  # type: ignore[return-value]
@@ -157,7 +167,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.qat.fake_quantize_learned_backward(grad, *ctx.saved_tensors, *ctx.rest), *((None,) * 4)
+    return *torch.ops.qat.fake_quantize_learned_backward(grad, *ctx.saved_tensors, *ctx.rest), *((None,) * 5)
 
 
 def _fake_weight(

@@ -53,7 +53,29 @@ class Grid(NamedTuple):
     momentum: float
 
 
-def norm_quantize(x: Tensor, norm: Norm, bounds: Bounds, grid: Grid | None) -> Tensor:
+class Drop(NamedTuple):
+    """QDrop: elements that keep what they are before fake quantization, by their place in memory.
+
+    Attributes:
+        seed: int64, one value, on the CPU: those whose number (`drop_numbers`) it makes small.
+        probability: That of an element.
+    """
+
+    seed: Tensor
+    probability: float
+
+
+def drop_numbers(like: Tensor, seed: Tensor) -> Tensor:
+    """Return a whole number in [0, 2**24) for each place in memory, as `qat.quantizers.dropping.place_numbers`.
+
+    Args:
+        like: float32, whose shape and order of memory the result has.
+        seed: int64, one value, on the CPU.
+    """
+    return below_autograd(torch.ops.qat.drop_numbers.default, like, seed)  # type: ignore[no-any-return]
+
+
+def norm_quantize(x: Tensor, norm: Norm, bounds: Bounds, grid: Grid | None, drop: Drop | None = None) -> Tensor:
     """Return `fake_quantize(clamp(batch_norm(x), *bounds))`.
 
     The gradient is zero where the activation or the grid saturates, at the bounds too, as that of ReLU and ReLU6.
@@ -64,18 +86,18 @@ def norm_quantize(x: Tensor, norm: Norm, bounds: Bounds, grid: Grid | None) -> T
         norm: The batch norm.
         bounds: Of the activation; infinities for none.
         grid: None for no fake quantization.
+        drop: What is not fake-quantized all the same, with the gradient of the activation.
     """
     inputs = (x, norm.gamma, norm.beta)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        out: Tensor = _NormQuantize.apply(*inputs, norm, bounds, grid)  # type: ignore[no-untyped-call]
+        out: Tensor = _NormQuantize.apply(*inputs, norm, bounds, grid, drop)  # type: ignore[no-untyped-call]
         return out
-    result: Tensor = below_autograd(
-        torch.ops.qat.norm_quantize_forward.default, x, *norm, *bounds, *_flat(grid), False
-    )[0]
+    operator = torch.ops.qat.norm_quantize_forward.default
+    result: Tensor = below_autograd(operator, x, *norm, *bounds, *_flat(grid), False, *(drop or ()))[0]
     return result
 
 
-def add_quantize(x: Tensor, other: Tensor, bounds: Bounds, grid: Grid | None) -> Tensor:
+def add_quantize(x: Tensor, other: Tensor, bounds: Bounds, grid: Grid | None, drop: Drop | None = None) -> Tensor:
     """Return `fake_quantize(clamp(x + other, *bounds))`, its gradient as that of `norm_quantize`.
 
     Args:
@@ -83,13 +105,13 @@ def add_quantize(x: Tensor, other: Tensor, bounds: Bounds, grid: Grid | None) ->
         other: Likewise, of the same shape.
         bounds: Of the activation; infinities for none.
         grid: None for no fake quantization.
+        drop: As in `norm_quantize`.
     """
     if torch.is_grad_enabled() and (x.requires_grad or other.requires_grad):
-        out: Tensor = _AddQuantize.apply(x, other, bounds, grid)  # type: ignore[no-untyped-call]
+        out: Tensor = _AddQuantize.apply(x, other, bounds, grid, drop)  # type: ignore[no-untyped-call]
         return out
-    result: Tensor = below_autograd(torch.ops.qat.add_quantize_forward.default, x, other, *bounds, *_flat(grid), False)[
-        0
-    ]
+    operator = torch.ops.qat.add_quantize_forward.default
+    result: Tensor = below_autograd(operator, x, other, *bounds, *_flat(grid), False, *(drop or ()))[0]
     return result
 
 
@@ -106,11 +128,19 @@ def _flat(grid: Grid | None) -> tuple[Any, ...]:
 class _NormQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, norm: Norm, bounds: Bounds, grid: Grid | None
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        norm: Norm,
+        bounds: Bounds,
+        grid: Grid | None,
+        drop: Drop | None,
     ) -> Tensor:
         y, bits, mean, invstd = below_autograd(
-            torch.ops.qat.norm_quantize_forward.default, x, gamma, beta, *norm[2:], *bounds, *_flat(grid), True
-        )
+            torch.ops.qat.norm_quantize_forward.default,
+            x, gamma, beta, *norm[2:], *bounds, *_flat(grid), True, *(drop or ()),
+        )  # fmt: skip
         ctx.save_for_backward(x, gamma, bits, mean, invstd)
         ctx.batch_statistics = norm.batch_statistics
         return y  # type: ignore[no-any-return]
@@ -131,13 +161,14 @@ class _NormQuantize(torch.autograd.Function):
             ctx.batch_statistics,
             with_gamma or with_beta,
         )
-        return dx, dgamma if with_gamma else None, dbeta if with_beta else None, None, None, None
+        return dx, dgamma if with_gamma else None, dbeta if with_beta else None, None, None, None, None
 
 
 class _AddQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, other: Tensor, bounds: Bounds, grid: Grid | None) -> Tensor:
-        y, bits = below_autograd(torch.ops.qat.add_quantize_forward.default, x, other, *bounds, *_flat(grid), True)
+    def forward(ctx: Any, x: Tensor, other: Tensor, bounds: Bounds, grid: Grid | None, drop: Drop | None) -> Tensor:
+        operator = torch.ops.qat.add_quantize_forward.default
+        y, bits = below_autograd(operator, x, other, *bounds, *_flat(grid), True, *(drop or ()))
         ctx.save_for_backward(bits)
         ctx.strides = y.stride()
         return y  # type: ignore[no-any-return]
@@ -147,7 +178,7 @@ class _AddQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
         both = below_autograd(torch.ops.qat.fake_quantize_backward.default, grad, bits, ctx.strides)
-        return both if ctx.needs_input_grad[0] else None, both if ctx.needs_input_grad[1] else None, None, None
+        return both if ctx.needs_input_grad[0] else None, both if ctx.needs_input_grad[1] else None, None, None, None
 
 
 def register() -> None:
@@ -155,6 +186,11 @@ def register() -> None:
     torch.library.register_fake("qat::norm_quantize_forward", _fake_norm)
     torch.library.register_fake("qat::norm_quantize_backward", _fake_norm_backward)
     torch.library.register_fake("qat::add_quantize_forward", _fake_add)
+    torch.library.register_fake("qat::drop_numbers", _fake_numbers)
+
+
+def _fake_numbers(like: Tensor, seed: Tensor) -> Tensor:
+    return torch.empty_like(like)
 
 
 def _fake_norm(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -167,8 +203,8 @@ def _fake_add(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_bits(x: Tensor, arguments: tuple[Any, ...], count: int) -> Tensor:
-    """Return the mask; `with_mask`, the last of `count` arguments, is True where it is not given."""
-    with_mask = len(arguments) < count or arguments[-1]
+    """Return the mask; `with_mask`, argument number `count`, is True where it is not given."""
+    with_mask = len(arguments) < count or arguments[count - 1]
     return x.new_empty(((x.numel() + 7) // 8 if with_mask else 0,), dtype=torch.uint8)
 
 

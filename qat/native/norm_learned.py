@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qat.native.norm import Bounds, Norm
+from qat.native.norm import Bounds, Drop, Norm
 from qat.native.operators import below_autograd, one_device
 
 
@@ -21,6 +21,7 @@ class LearnedGrid(NamedTuple):
         qmin: Smallest code.
         qmax: Largest code.
         grad_scale: Factor of the gradients of scale and zero point.
+        clips: The gradients are those of a learned clip.
     """
 
     scale: Tensor
@@ -28,9 +29,10 @@ class LearnedGrid(NamedTuple):
     qmin: int
     qmax: int
     grad_scale: float
+    clips: bool = False
 
 
-def norm_quantize_learned(x: Tensor, norm: Norm, bounds: Bounds, grid: LearnedGrid) -> Tensor:
+def norm_quantize_learned(x: Tensor, norm: Norm, bounds: Bounds, grid: LearnedGrid, drop: Drop | None = None) -> Tensor:
     """Return `fake_quantize_learned(norm_quantize(x, norm, bounds, None), *grid)`, the value bit for bit.
 
     The backward pass reads `x` again. The gradients of the grid are summed in float64, in an order that only the shape
@@ -41,17 +43,20 @@ def norm_quantize_learned(x: Tensor, norm: Norm, bounds: Bounds, grid: LearnedGr
         norm: The batch norm.
         bounds: Of the activation; infinities for none.
         grid: The grid.
+        drop: As in `norm_quantize`; what is not fake-quantized adds nothing to the gradients of the grid.
     """
     inputs = (x, norm.gamma, norm.beta, grid.scale, grid.zero_point)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
-        out: Tensor = _NormQuantize.apply(*inputs, norm, bounds, grid)  # type: ignore[no-untyped-call]
+        out: Tensor = _NormQuantize.apply(*inputs, norm, bounds, grid, drop)  # type: ignore[no-untyped-call]
         return out
     operator = torch.ops.qat.norm_quantize_learned_forward.default
-    result: Tensor = below_autograd(operator, x, *norm, *bounds, *grid[:4], False)[0]
+    result: Tensor = below_autograd(operator, x, *norm, *bounds, *grid[:4], False, grid.clips, *(drop or ()))[0]
     return result
 
 
-def add_quantize_learned(x: Tensor, other: Tensor, bounds: Bounds, grid: LearnedGrid) -> Tensor:
+def add_quantize_learned(
+    x: Tensor, other: Tensor, bounds: Bounds, grid: LearnedGrid, drop: Drop | None = None
+) -> Tensor:
     """Return `fake_quantize_learned(add_quantize(x, other, bounds, None), *grid)`, the value bit for bit.
 
     The backward pass reads `x` and `other` again.
@@ -61,13 +66,14 @@ def add_quantize_learned(x: Tensor, other: Tensor, bounds: Bounds, grid: Learned
         other: Likewise.
         bounds: Of the activation; infinities for none.
         grid: The grid.
+        drop: As in `norm_quantize_learned`.
     """
     inputs = (x, other, grid.scale, grid.zero_point)
     if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-        out: Tensor = _AddQuantize.apply(*inputs, bounds, grid)  # type: ignore[no-untyped-call]
+        out: Tensor = _AddQuantize.apply(*inputs, bounds, grid, drop)  # type: ignore[no-untyped-call]
         return out
     operator = torch.ops.qat.add_quantize_learned_forward.default
-    result: Tensor = below_autograd(operator, x, other, *bounds, *grid)
+    result: Tensor = below_autograd(operator, x, other, *bounds, *grid, *(drop or ()))
     return result
 
 
@@ -83,26 +89,27 @@ class _NormQuantize(torch.autograd.Function):
         norm: Norm,
         bounds: Bounds,
         grid: LearnedGrid,
+        drop: Drop | None,
     ) -> Tensor:
-        codes = grid.qmin, grid.qmax
+        codes, (seed, probability) = (grid.qmin, grid.qmax), drop or (None, 0.0)
         y, bits, mean, invstd = below_autograd(
             torch.ops.qat.norm_quantize_learned_forward.default,
-            x, gamma, beta, *norm[2:], *bounds, scale, zero_point, *codes, True,
+            x, gamma, beta, *norm[2:], *bounds, scale, zero_point, *codes, True, grid.clips, seed, probability,
         )  # fmt: skip
-        ctx.save_for_backward(x, bits, gamma, beta, mean, invstd, scale, zero_point)
-        ctx.rest = norm.batch_statistics, bounds, codes, grid.grad_scale
+        ctx.save_for_backward(x, bits, gamma, beta, mean, invstd, scale, zero_point, seed)
+        ctx.rest = norm.batch_statistics, bounds, (*codes, grid.grad_scale), (grid.clips, probability)
         return y  # type: ignore[no-any-return]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, bits, gamma, beta, mean, invstd, scale, zero_point = ctx.saved_tensors
-        batch_statistics, bounds, codes, grad_scale = ctx.rest
+        x, bits, gamma, beta, mean, invstd, scale, zero_point, seed = ctx.saved_tensors
+        batch_statistics, bounds, codes, (clips, probability) = ctx.rest
         _, with_gamma, with_beta, with_scale, with_zero_point, *_ = ctx.needs_input_grad
         dx, dgamma, dbeta, dscale, dzero_point = below_autograd(
             torch.ops.qat.norm_quantize_learned_backward.default,
-            grad, x, bits, gamma, beta, mean, invstd, batch_statistics, *bounds, scale, zero_point, *codes, grad_scale,
-            with_zero_point,
+            grad, x, bits, gamma, beta, mean, invstd, batch_statistics, *bounds, scale, zero_point, *codes,
+            with_zero_point, clips, seed, probability,
         )  # fmt: skip
         return (
             dx,
@@ -113,35 +120,46 @@ class _NormQuantize(torch.autograd.Function):
             None,
             None,
             None,
+            None,
         )
 
 
 class _AddQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, other: Tensor, scale: Tensor, zero_point: Tensor, bounds: Bounds, grid: LearnedGrid
+        ctx: Any,
+        x: Tensor,
+        other: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        bounds: Bounds,
+        grid: LearnedGrid,
+        drop: Drop | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, other, scale, zero_point)
-        ctx.rest = bounds, (grid.qmin, grid.qmax, grid.grad_scale)
+        seed, probability = drop or (None, 0.0)
+        ctx.save_for_backward(x, other, scale, zero_point, seed)
+        ctx.rest = bounds, (grid.qmin, grid.qmax, grid.grad_scale), (grid.clips, probability)
         return below_autograd(  # type: ignore[no-any-return]
-            torch.ops.qat.add_quantize_learned_forward.default, x, other, *bounds, scale, zero_point, *grid[2:]
-        )
+            torch.ops.qat.add_quantize_learned_forward.default,
+            x, other, *bounds, scale, zero_point, *grid[2:], seed, probability,
+        )  # fmt: skip
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, other, scale, zero_point = ctx.saved_tensors
-        bounds, rest = ctx.rest
+        x, other, scale, zero_point, seed = ctx.saved_tensors
+        bounds, rest, (clips, probability) = ctx.rest
         with_x, with_other, with_scale, with_zero_point, *_ = ctx.needs_input_grad
         both, dscale, dzero_point = below_autograd(
             torch.ops.qat.add_quantize_learned_backward.default,
-            grad, x, other, *bounds, scale, zero_point, *rest, with_zero_point,
+            grad, x, other, *bounds, scale, zero_point, *rest, with_zero_point, clips, seed, probability,
         )  # fmt: skip
         return (
             both if with_x else None,
             both if with_other else None,
             dscale if with_scale else None,
             dzero_point if with_zero_point else None,
+            None,
             None,
             None,
         )
@@ -172,6 +190,9 @@ def _fake_norm(
     qmin: int,
     qmax: int,
     with_mask: bool = True,
+    clips: bool = False,
+    seed: Tensor | None = None,
+    drop: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     one_device(x, gamma=gamma, beta=beta, scale=scale, zero_point=zero_point)
     bits = x.new_empty(((x.numel() + 7) // 8 if with_mask else 0,), dtype=torch.uint8)
@@ -196,6 +217,9 @@ def _fake_norm_backward(
     qmax: int,
     grad_scale: float = 1.0,
     with_zero_point: bool = True,
+    clips: bool = False,
+    seed: Tensor | None = None,
+    drop: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     parameters = x.new_empty((x.shape[1],), dtype=torch.float32)
     return (
@@ -222,6 +246,9 @@ def _fake_add(
     qmin: int,
     qmax: int,
     grad_scale: float = 1.0,
+    clips: bool = False,
+    seed: Tensor | None = None,
+    drop: float = 0.0,
 ) -> Tensor:
     one_device(x, other=other, scale=scale, zero_point=zero_point)
     return torch.empty_like(x)
@@ -239,19 +266,23 @@ def _fake_add_backward(
     qmax: int,
     grad_scale: float = 1.0,
     with_zero_point: bool = True,
+    clips: bool = False,
+    seed: Tensor | None = None,
+    drop: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), *fake_grid_gradients(scale, zero_point, with_zero_point)
 
 
 def _keep_add(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, other, low, high, scale, zero_point, *rest = inputs
-    ctx.save_for_backward(x, other, scale, zero_point)
-    ctx.bounds, ctx.rest = (low, high), rest
+    x, other, low, high, scale, zero_point, *rest, clips, seed, probability = inputs
+    ctx.save_for_backward(x, other, scale, zero_point, seed)
+    ctx.bounds, ctx.rest, ctx.last = (low, high), rest, (clips, probability)
 
 
 def _add_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, other, scale, zero_point = ctx.saved_tensors
+    x, other, scale, zero_point, seed = ctx.saved_tensors
+    clips, probability = ctx.last
     both, dscale, dzero_point = torch.ops.qat.add_quantize_learned_backward(
-        grad, x, other, *ctx.bounds, scale, zero_point, *ctx.rest
+        grad, x, other, *ctx.bounds, scale, zero_point, *ctx.rest, True, clips, seed, probability
     )
-    return both, both, None, None, dscale, dzero_point, None, None, None
+    return both, both, None, None, dscale, dzero_point, *((None,) * 6)

@@ -13,6 +13,7 @@ from qat.encoding import Encoding
 from qat.errors import DataError, SchemeError, StateError
 from qat.observers import make_observer
 from qat.quantizers.base import Phase, Quantizer
+from qat.quantizers.dropping import draw_seed, keep_some
 from qat.quantizers.extrema import tensor_range
 from qat.quantizers.processes import is_distributed
 from qat.quantizers.static import fake_quantize, is_for_native
@@ -35,7 +36,8 @@ class FakeQuantize(Quantizer):
 
     With a learned quantizer, *tracking* means that the parameters make the grid, in training and evaluation. With the
     option `drop` (Wei et al., "QDrop", ICLR 2022), in training mode each element of the result is the float value with
-    that probability, drawn from torch's global generator.
+    that probability; each forward pass draws a seed from torch's global generator, that of the CPU (see
+    `qat.quantizers.dropping`).
 
     Besides the buffers of `Quantizer` there are `samples`, the calibrated samples, and `tracked`, the samples
     of the moving average, both int64 scalars.
@@ -115,12 +117,12 @@ class FakeQuantize(Quantizer):
             if self.observing and not constant:
                 statistics = self.observer.statistics() if self._observes_natively(x) else None
                 if statistics is not None:
-                    return self._observe_and_quantize(x, statistics)
+                    return self._dropped(x, self._observe_and_quantize(x, statistics), constant)
                 self.observer.observe(x.detach())
             if self.tracks and (last or not constant):
                 if self._tracks_natively(x):
                     state = (self.min_val, self.max_val, self.scale, self.zero_point, self.tracked)
-                    return native.fake_quantize_track(x, state, self.momentum, self.rule)
+                    return self._dropped(x, native.fake_quantize_track(x, state, self.momentum, self.rule), constant)
                 self._track(x.detach(), constant, last)
         if not self.quantizing:
             return self._anchored(x)
@@ -132,9 +134,13 @@ class FakeQuantize(Quantizer):
             y = self.method.fake_quantize(x, self.learned_parameters(), self.start)
         else:
             y = fake_quantize(x, self.scale, self.zero_point, self.rule.qmin, self.rule.qmax, self.scheme.granularity)
-        if self.drops and not constant:
-            y = torch.where(torch.empty_like(x, dtype=torch.bool).bernoulli_(self.method.drop), x, y)
-        return self._anchored(y)
+        return self._anchored(self._dropped(x, y, constant))
+
+    def _dropped(self, x: Tensor, y: Tensor, constant: bool) -> Tensor:
+        """Return the fake-quantized `y`, some elements of which keep their float value."""
+        if constant or not self.drops:
+            return y
+        return keep_some(x, y, self.method.drop, draw_seed())
 
     @property
     def tracks(self) -> bool:
@@ -148,13 +154,13 @@ class FakeQuantize(Quantizer):
 
     @property
     def is_plain(self) -> bool:
-        """Whether what is quantized is so on the grid of the buffers, and nothing else is done to it."""
-        return not self.learning and not self.drops and not self.is_anchored
+        """Whether what is quantized is so on the grid of the buffers, and nothing but `drops` is done to it."""
+        return not self.learning and not self.is_anchored
 
     @property
     def is_plainly_learned(self) -> bool:
-        """Whether what is quantized is so on the grid of `learned_grid`, and nothing else is done to it."""
-        return self.learning and self.method.learns_grid and not self.drops and not self.is_anchored
+        """Whether what is quantized is so on the grid of `learned_grid`, and nothing but `drops` is done to it."""
+        return self.learning and self.method.learns_grid and not self.is_anchored
 
     def learned_grid(self, x: Tensor) -> tuple[Tensor, Tensor, float]:
         """Return scale and zero point as `fake_quantize_learned` takes them, and the factor of their gradients.
@@ -162,7 +168,7 @@ class FakeQuantize(Quantizer):
         Args:
             x: A tensor of the shape of the activation.
         """
-        scale, zero_point = self.method.grid(self.learned_parameters(), self.start)
+        scale, zero_point = self.parameter_grid()
         return scale, zero_point, self.method.gradient_factor(x, scale.numel())
 
     def _tracks_natively(self, x: Tensor) -> bool:

@@ -154,9 +154,18 @@ class Quantizer(nn.Module):
         return self.tracking and bool(self.method.names)
 
     @property
-    def start(self) -> Start:
-        """What the buffers hold: where learning starts from."""
+    def held(self) -> Start:
+        """The buffers."""
         return Start(self.scale, self.zero_point, self.min_val, self.max_val)
+
+    @property
+    def start(self) -> Start:
+        """Where learning starts from, in the units of the parameters."""
+        return self.held
+
+    def parameter_grid(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point that the parameters make, float32, with their gradients."""
+        return self.method.grid(self.learned_parameters(), self.start)
 
     @torch.no_grad()
     def grid(self) -> tuple[Tensor, Tensor]:
@@ -171,7 +180,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def _learned_grid(self) -> tuple[Tensor, Tensor]:
-        scale, zero_point = self.method.grid(self.learned_parameters(), self.start)
+        scale, zero_point = self.parameter_grid()
         return scale, torch.round(zero_point).clamp(self.qmin, self.qmax).to(torch.int32)
 
     def _is_kept(self, grid: tuple[Tensor, Tensor]) -> bool:
@@ -190,7 +199,7 @@ class Quantizer(nn.Module):
         if self._is_kept(grid):
             return
         low, high = numerics.representable_range(*grid, self.qmin, self.qmax)
-        for buffer, value in zip(self.start, (*grid, low, high), strict=True):
+        for buffer, value in zip(self.held, (*grid, low, high), strict=True):
             buffer.copy_(value)
         self._note("qat", self.method.name, has_range=False)
 
@@ -283,7 +292,7 @@ class Quantizer(nn.Module):
         refused = self.method.refusal(given)
         if refused is not None:
             raise EncodingError(f"the encoding of {self.name!r} is not for {self.method.name}: {refused}", mend)
-        for buffer, value in zip(self.start, given, strict=True):
+        for buffer, value in zip(self.held, given, strict=True):
             buffer.copy_(value.reshape(buffer.shape))
         self._note(encoding.provenance, encoding.method, has_range=has_range, loaded=True)
         self._start_learning()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from qat.quantizers.method import Method
+from qat.quantizers.tanh import tanh_ratio, tanh_weight
 
 
 class DoReFa(Method):
@@ -35,16 +36,8 @@ class DoReFa(Method):
 
     def transform(self, weight: Tensor) -> Tensor:
         """Return the weight through tanh, float32."""
-        w = weight.to(torch.float32)
-        return torch.tanh(w) * _ratio(w)
+        return tanh_weight(weight.to(torch.float32))
 
     def untransform(self, values: Tensor, weight: Tensor) -> Tensor:
         """Return the inverse of tanh, with the ratio of `weight`."""
-        return torch.atanh(values / _ratio(weight.to(torch.float32)))
-
-
-@torch.no_grad()
-def _ratio(weight: Tensor) -> Tensor:
-    """Return the largest magnitude over that through tanh; near zero tanh is the identity."""
-    largest = weight.abs().amax()
-    return torch.where(largest > 0, largest / torch.tanh(largest), 1.0)
+        return torch.atanh(values / tanh_ratio(weight.to(torch.float32)))

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from qat import native
 from qat.quantizers.activation import FakeQuantize
+from qat.quantizers.dropping import draw_seed
 from qat.quantizers.processes import is_distributed
 
 #: An activation: a module, the name of a function, or none.
@@ -72,8 +73,8 @@ def norm_fake_quantize(
     if not _is_simple(quantizer, x.device):
         return quantizer(native.norm_quantize(x, values, bounds, None))  # type: ignore[no-any-return]
     if quantizer.learning:
-        return native.norm_quantize_learned(x, values, bounds, _learned_grid(quantizer, x))
-    return native.norm_quantize(x, values, bounds, _grid(quantizer))
+        return native.norm_quantize_learned(x, values, bounds, _learned_grid(quantizer, x), _drop(quantizer))
+    return native.norm_quantize(x, values, bounds, _grid(quantizer), _drop(quantizer))
 
 
 def add_fake_quantize(
@@ -100,8 +101,8 @@ def add_fake_quantize(
     if not _is_simple(quantizer, x.device):
         return quantizer(native.add_quantize(x, other, bounds, None))  # type: ignore[no-any-return]
     if quantizer.learning:
-        return native.add_quantize_learned(x, other, bounds, _learned_grid(quantizer, x))
-    return native.add_quantize(x, other, bounds, _grid(quantizer))
+        return native.add_quantize_learned(x, other, bounds, _learned_grid(quantizer, x), _drop(quantizer))
+    return native.add_quantize(x, other, bounds, _grid(quantizer), _drop(quantizer))
 
 
 def _activate(activation: Activation, x: Tensor) -> Tensor:
@@ -187,4 +188,10 @@ def _grid(quantizer: FakeQuantize) -> native.Grid:
 
 def _learned_grid(quantizer: FakeQuantize, x: Tensor) -> native.LearnedGrid:
     scale, zero_point, factor = quantizer.learned_grid(x)
-    return native.LearnedGrid(scale, zero_point, quantizer.rule.qmin, quantizer.rule.qmax, factor)
+    return native.LearnedGrid(
+        scale, zero_point, quantizer.rule.qmin, quantizer.rule.qmax, factor, quantizer.method.clips
+    )
+
+
+def _drop(quantizer: FakeQuantize) -> native.Drop | None:
+    return native.Drop(draw_seed(), quantizer.method.drop) if quantizer.drops else None

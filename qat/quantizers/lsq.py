@@ -34,6 +34,7 @@ class LSQ(Method):
     name = "lsq"
     about = "the scale is learned, its gradient times 1 / sqrt(N levels); the zero point stays"
     source = "Esser et al., ICLR 2020"
+    homogeneous = True
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -60,6 +60,8 @@ class Method:
         source: Where it comes from, likewise.
         follows: In training, a moving average of the batches' ranges moves the range.
         power_of_two: Its scales are powers of two, whatever the scheme says.
+        clips: The gradients of the grid are those of a learned clip.
+        homogeneous: Parameters times a number make the grid of a tensor times that number.
         options: The value of every option.
         levels: Steps of the grid above zero where it is symmetric, else in all.
     """
@@ -71,6 +73,8 @@ class Method:
     source: ClassVar[str] = ""
     follows: ClassVar[bool] = False
     power_of_two: ClassVar[bool] = False
+    clips: ClassVar[bool] = False
+    homogeneous: ClassVar[bool] = False
 
     def __init__(self, scheme: Scheme, role: Role, **options: Any) -> None:
         self.scheme, self.role = scheme, role
@@ -101,7 +105,9 @@ class Method:
         """Return `x` fake-quantized on the grid of the parameters, in its shape and dtype, with their gradients."""
         scale, zero_point = self.grid(parameters, start)
         factor = self.gradient_factor(x, scale.numel())
-        return fake_quantize_learned(x, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor)
+        return fake_quantize_learned(
+            x, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor, clips=self.clips
+        )
 
     @property
     def learns_grid(self) -> bool:

@@ -11,10 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qat import numerics
 from qat.observers.options import Option
 from qat.quantizers.method import FLOOR, Method, Role, Start, at_least
-from qat.quantizers.static import fake_quantize
 
 
 class PACT(Method):
@@ -33,6 +31,7 @@ class PACT(Method):
     roles: ClassVar[tuple[Role, ...]] = ("activation",)
     about = "the clip is learned: gradient 1 where it clips, 0 elsewhere; L2 decay as a term of the loss"
     source = "Choi et al., 2018"
+    clips = True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -54,14 +53,6 @@ class PACT(Method):
         # by the ratio, so that the first grid is the calibrated one to the bit
         scale = start.scale * (at_least(parameters[0], first * FLOOR) / first)
         return scale, start.zero_point.to(torch.float32)
-
-    def fake_quantize(self, x: Tensor, parameters: Sequence[Tensor], start: Start) -> Tensor:
-        """Clip, which gives alpha its gradient, and fake-quantize what is left straight through."""
-        scale, zero_point = self.grid(parameters, start)
-        granularity = self.scheme.granularity
-        low, high = (numerics.expand_to((code - zero_point) * scale, x, granularity) for code in (self.qmin, self.qmax))
-        clipped = torch.clamp(x.to(torch.float32), low, high)
-        return fake_quantize(clipped, scale, zero_point, self.qmin, self.qmax, granularity).to(x.dtype)
 
     def penalty(self, parameters: Sequence[Tensor]) -> Tensor | None:
         """Return `decay / 2 * sum(alpha**2)`."""

@@ -15,6 +15,8 @@ from qat.errors import DataError, EncodingError, SchemeError, StateError
 from qat.observers import weight_range
 from qat.quantizers.base import Quantizer
 from qat.quantizers.extrema import rows_of, tensor_range
+from qat.quantizers.learned import fake_quantize_learned
+from qat.quantizers.method import Start
 from qat.quantizers.rounding import LearnedRounding
 from qat.quantizers.static import fake_quantize, is_for_native
 from qat.scheme import Scheme
@@ -42,6 +44,10 @@ class WeightFakeQuantize(Quantizer):
     error. A gamma below `GAMMA_FLOOR` in magnitude is used as that, with its sign. The batch norm is referred
     to, not owned: it is no submodule, adds no key to the state, and `copy.deepcopy` of a model refers to the
     copied one.
+
+    *Learned scales* of output channels (`lsq`) are those of `w` itself: the grid of `w * f` is theirs times `|f|`, the
+    one that folding gives. Otherwise every step's change of the running variance would move weights over the borders of
+    their codes; and codes that are frozen would let the statistics run away, since `w` then is what `f` makes of them.
 
     The gradient of the weight is the range mask of `fake_quantize`.
 
@@ -143,6 +149,33 @@ class WeightFakeQuantize(Quantizer):
         rows = factor.reshape(self.groups, 1, -1).expand(-1, weight.shape[0] // self.groups, -1)
         return rows.reshape(weight.shape[0], weight.shape[1], *([1] * (weight.dim() - 2)))
 
+    @property
+    def follows_batch_norm(self) -> bool:
+        """Whether the grid of the folded weight moves with the factor of the batch norm, so that no code does."""
+        granularity = self.scheme.granularity
+        by_channel = granularity.kind == "per_channel" and granularity.axis % len(self.shape) == self.channel_axis
+        learned = self.method.homogeneous and self.groups == 1 and by_channel and not self.scheme.power_of_two
+        return bool(self._bn) and (learned or self.follows)
+
+    def _unit(self) -> Tensor | None:
+        """Return what learned scales are multiplied with, in their shape; None where they are of the folded weight."""
+        factor = self.factor() if self.method.homogeneous and self.follows_batch_norm else None
+        return None if factor is None else factor.abs()
+
+    @property
+    def start(self) -> Start:
+        """Where learning starts from, in the units of the parameters."""
+        held, unit = self.held, self._unit()
+        if unit is None:
+            return held
+        return Start(held.scale / unit, held.zero_point, held.low / unit, held.high / unit)
+
+    def parameter_grid(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of the folded weight that the parameters make, float32, with their gradients."""
+        scale, zero_point = super().parameter_grid()
+        unit = self._unit()
+        return scale if unit is None else scale * unit, zero_point
+
     def _grid(self, folded: Tensor) -> tuple[Tensor, Tensor]:
         """Return scale and zero point for a folded weight, in a shape that fits the scheme."""
         if self.follows:
@@ -184,15 +217,19 @@ class WeightFakeQuantize(Quantizer):
     def _on_learned_grid(self, weight: Tensor) -> Tensor:
         if not self.ready:
             raise self._no_range()
-        norm = self._native_factor() if self.method.learns_grid and self._is_for_native(weight) else None
-        if norm is not None:
-            scale, zero_point = self.method.grid(self.learned_parameters(), self.start)
-            grid_rate = self.method.gradient_factor(weight, scale.numel())
-            qmin, qmax, axis, *_ = self.rule
-            return native.fake_quantize_weight_learned(weight, scale, zero_point, qmin, qmax, norm, axis, grid_rate)
         factor = self._spread_factor(weight)
+        if not self.method.learns_grid:
+            folded = weight if factor is None else weight.to(torch.float32) * factor
+            out = self.method.fake_quantize(folded, self.learned_parameters(), self.start)
+            return out if factor is None else (out / factor).to(weight.dtype)
+        scale, zero_point = self.parameter_grid()
+        rate = self.method.gradient_factor(weight, scale.numel())
+        qmin, qmax, axis, *_ = self.rule
+        norm = self._native_factor() if self._is_for_native(weight) else None
+        if norm is not None:
+            return native.fake_quantize_weight_learned(weight, scale, zero_point, qmin, qmax, norm, axis, rate)
         folded = weight if factor is None else weight.to(torch.float32) * factor
-        out = self.method.fake_quantize(folded, self.learned_parameters(), self.start)
+        out = fake_quantize_learned(folded, scale, zero_point, qmin, qmax, self.scheme.granularity, rate)
         return out if factor is None else (out / factor).to(weight.dtype)
 
     def _is_for_native(self, weight: Tensor) -> bool:
@@ -341,8 +378,9 @@ class WeightFakeQuantize(Quantizer):
         if scales and after is not None and before is not None:
             if self.learning:
                 self._keep_learned()
-            for buffer in (self.scale, self.min_val, self.max_val):
-                buffer.mul_((after / before).abs())
+            if not self.learning or self._unit() is None:
+                for buffer in (self.scale, self.min_val, self.max_val):
+                    buffer.mul_((after / before).abs())
             self._start_learning()
         elif not self.method.names:
             self.refresh(weight)

@@ -26,6 +26,8 @@ from qat.train.hooks import Hook
 OSCILLATING = 0.005
 #: by default, weights of fewer bits are tracked
 _BITS = 8
+#: elements
+_IN_CACHE = 1 << 15
 _STATE = ("codes", "direction", "average", "frequency", "frozen", "held")
 
 
@@ -82,7 +84,9 @@ class OscillationTracker(Hook):
     remembers where a weight came from, and that code would throw it back.) The float weight is set to the code's value
     after every step, on the grid as it is then, so the code stays whatever the optimizer, its momentum, the scale and
     the batch norm do. Where the scale follows the weight itself, weights at the ends of the grid are never frozen,
-    since they make the grid.
+    since they make the grid. Where a batch norm follows whose statistics the grid does not (one scale for a whole
+    weight, or one that stands still), the weight keeps the value that the code has when it is frozen: a code on the
+    folded grid would make the weight grow with the statistics, and these with the weight.
 
     *Dampening*: `loss` is `dampen` times the sum of squared differences between weights and the values of
     their codes, without those that are clipped. Its gradient goes to the weights only.
@@ -210,18 +214,45 @@ class OscillationTracker(Hook):
         if state is not None and own_grid:
             # what is held must have no part in the grid
             weight.masked_fill_(state["frozen"], 0.0)
+        by_value = _by_value(quantizer)
+        if state is not None and by_value:
+            weight.copy_(torch.where(state["frozen"], state["held"].to(weight.dtype), weight))
         steps, step, zero_point = quantizer.steps(weight)
-        codes = torch.clamp(torch.round(steps) + zero_point, quantizer.qmin, quantizer.qmax)
         if state is None:
+            codes = torch.clamp(torch.round(steps) + zero_point, quantizer.qmin, quantizer.qmax)
             self._state[key] = _first(codes)
             return
-        codes = torch.where(state["frozen"], state["held"].to(codes.dtype), codes)
-        change = torch.sign(codes - state["codes"])
-        oscillates = change * state["direction"] < 0
+        # what transforms a weight knows it as a whole
+        rows = weight.shape[0] if quantizer.method.transforms else _rows_in_cache(weight)
+        parts = [torch.split(value, rows) for value in (weight, steps, step, zero_point)]
+        states = {name: torch.split(value, rows) for name, value in state.items()}
+        for index, part in enumerate(zip(*parts, strict=True)):
+            own = {name: value[index] for name, value in states.items()}
+            self._take_in_rows(quantizer, own_grid, by_value, own, *part)
+
+    def _take_in_rows(
+        self,
+        quantizer: WeightFakeQuantize,
+        own_grid: bool,
+        by_value: bool,
+        state: Mapping[str, Tensor],
+        weight: Tensor,
+        steps: Tensor,
+        step: Tensor,
+        zero_point: Tensor,
+    ) -> None:
+        codes = steps.round_().add_(zero_point).clamp_(quantizer.qmin, quantizer.qmax)
+        # as float32 at once: operations on two types take several times as long
+        direction, held = state["direction"].to(codes.dtype), state["held"]
+        if not by_value:
+            codes = torch.where(state["frozen"], held, codes)
+        change = torch.sign(codes - state["codes"].to(codes.dtype))
+        oscillates = change * direction < 0
         momentum = self.settings.momentum
         state["frequency"].lerp_(oscillates.to(torch.float32), momentum)
         state["average"].lerp_(codes, momentum)
-        state["direction"].copy_(torch.where(change != 0, change, state["direction"].to(change.dtype)))
+        direction = torch.where(change != 0, change, direction)
+        state["direction"].copy_(direction)
         state["codes"].copy_(codes)
         threshold = self.threshold
         if threshold is None:
@@ -230,14 +261,15 @@ class OscillationTracker(Hook):
         if own_grid:
             restless &= (codes > quantizer.qmin) & (codes < quantizer.qmax)
         # the average lags behind a weight that has come far: it decides between the two codes of the oscillation
-        before = codes - state["direction"].to(codes.dtype)
+        before = codes - direction
         settled = torch.round(state["average"]).clamp(torch.minimum(codes, before), torch.maximum(codes, before))
-        held = torch.where(restless, settled, state["held"].to(codes.dtype))
+        frozen = state["frozen"]
+        frozen |= restless
+        held = torch.where(restless, (settled - zero_point) * step if by_value else settled, held)
         state["held"].copy_(held)
-        state["frozen"] |= restless
-        state["codes"].copy_(torch.where(state["frozen"], held, codes))
-        values = quantizer.method.untransform((held - zero_point) * step, weight)
-        weight.copy_(torch.where(state["frozen"], values.to(weight.dtype), weight))
+        state["codes"].copy_(torch.where(restless if by_value else frozen, settled if by_value else held, codes))
+        values = held if by_value else quantizer.method.untransform((held - zero_point) * step, weight)
+        weight.copy_(torch.where(frozen, values.to(weight.dtype), weight))
 
     # -- what was seen
 
@@ -283,6 +315,11 @@ class OscillationTracker(Hook):
         self.step, self._state = int(step), {k: {n: t.clone() for n, t in s.items()} for k, s in found.items()}
 
 
+def _rows_in_cache(weight: Tensor) -> int:
+    """Return how many rows of a weight are worked on at a time: on a CPU so few that all passes stay in its cache."""
+    return max(1, _IN_CACHE * weight.shape[0] // weight.numel()) if weight.device.type == "cpu" else weight.shape[0]
+
+
 def _first(codes: Tensor) -> dict[str, Tensor]:
     """Return the state of a weight before any step."""
     return {
@@ -291,8 +328,14 @@ def _first(codes: Tensor) -> dict[str, Tensor]:
         "average": codes.to(torch.float32),
         "frequency": torch.zeros_like(codes, dtype=torch.float32),
         "frozen": torch.zeros_like(codes, dtype=torch.bool),
-        "held": torch.zeros_like(codes, dtype=torch.int16),
+        "held": torch.zeros_like(codes, dtype=torch.float32),
     }
+
+
+def _by_value(quantizer: WeightFakeQuantize) -> bool:
+    """Whether what is frozen is the value of a weight and not its code."""
+    tied = quantizer.follows_batch_norm or quantizer.follows or quantizer.method.transforms
+    return quantizer.batch_norm is not None and not tied
 
 
 def _distance(quantizer: WeightFakeQuantize, weight: Tensor) -> Tensor:

@@ -71,11 +71,13 @@ void run_case(const TypedKernels<T>& kernels, const char* name, int number) {
   hash.add(y);
   kernels.weight_run(x.data(), y.data(), bits.data(), count, scales[0], scale, zero, range);
   hash.add(y), hash.add(bits);
-  kernels.learned_run(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scale, zero, range);
-  hash.add(dx), add_numbers(ds), add_numbers(dz);
-  kernels.learned_each(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scales.data(), zeros.data(),
-                       range);
-  hash.add(dx), add_numbers(ds), add_numbers(dz);
+  for (const bool clips : {false, true}) {
+    kernels.learned_run(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scale, zero, range, clips);
+    hash.add(dx), add_numbers(ds), add_numbers(dz);
+    kernels.learned_each(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scales.data(), zeros.data(),
+                         range, clips);
+    hash.add(dx), add_numbers(ds), add_numbers(dz);
+  }
   kernels.weight_learned_run(grad.data(), x.data(), dx.data(), ds.data(), dz.data(), count, scales[0], scale, zero,
                              range);
   hash.add(dx), add_numbers(ds), add_numbers(dz);
@@ -135,13 +137,42 @@ void run_norm(const NormKernels& kernels, int number) {
     kernels.norm_each(x.data(), y.data(), bits.data(), count, factor.data(), shift.data(), steps);
     hash.add(y), hash.add(bits);
   }
-  const NormSteps steps{0.0f, 6.0f, true, 0.05f, 3.0f, {0.0f, 100.0f}};
   std::vector<float> ds(n), dz(n);
-  kernels.learned_run(y.data(), x.data(), dx.data(), ds.data(), dz.data(), count, 0.7f, 0.3f, steps);
-  hash.add(dx), hash.add(ds), hash.add(dz);
-  kernels.learned_each(y.data(), x.data(), dx.data(), ds.data(), nullptr, count, factor.data(), shift.data(), steps);
-  hash.add(dx), hash.add(ds);
+  for (const bool clips : {false, true}) {
+    const NormSteps steps{0.0f, 6.0f, true, 0.05f, 3.0f, {0.0f, 100.0f}, clips};
+    kernels.norm_run(x.data(), dx.data(), bits.data(), count, 0.7f, 0.3f, steps);
+    hash.add(bits);
+    kernels.learned_run(y.data(), x.data(), dx.data(), ds.data(), dz.data(), count, 0.7f, 0.3f, steps);
+    hash.add(dx), hash.add(ds), hash.add(dz);
+    kernels.learned_each(y.data(), x.data(), dx.data(), ds.data(), nullptr, count, factor.data(), shift.data(), steps);
+    hash.add(dx), hash.add(ds);
+  }
   hash.print("norm", number);
+}
+
+void run_elements(const Kernels& kernels, int number) {
+  Random random(static_cast<uint64_t>(number) + 6000000);
+  const auto n = static_cast<size_t>(random.in(1, 70));
+  const auto count = static_cast<int64_t>(n);
+  std::vector<float> x(n), grad(n), y(n), numbers(n);
+  std::vector<uint8_t> bits((n + 7) / 8), kept_bits(bits.size(), 0xa5);
+  for (size_t i = 0; i < n; ++i) {
+    x[i] = random.real(-70000, 70000, 0.0002f);
+    grad[i] = random.real(-70000, 70000, 0.001f);
+  }
+  Hash hash;
+  const int64_t first = (int64_t{number} << 30) + number;
+  kernels.drop.place_numbers(drop_key(number * 0x123456789abcdefLL, first), first, numbers.data(), count);
+  hash.add(numbers);
+  kernels.tanh.run(x.data(), y.data(), count, 1.7f);
+  hash.add(y);
+  kernels.tanh.gradient_run(grad.data(), x.data(), y.data(), count, 1.7f);
+  hash.add(y);
+  kernels.drop.keep_run(numbers.data(), 0x1p23f, x.data(), kept_bits.data(), y.data(), bits.data(), count);
+  hash.add(y), hash.add(bits);
+  kernels.drop.keep_run(numbers.data(), 0x1p22f, grad.data(), nullptr, y.data(), nullptr, count);
+  hash.add(y);
+  hash.print("elements", number);
 }
 
 }  // namespace
@@ -153,6 +184,7 @@ void run_training(const char* isa, int count) {
     run_case(kernels.bf16, "training_bf16", i);
     run_sums(kernels, i);
     run_norm(kernels.norm, i);
+    run_elements(kernels, i);
   }
 }
 

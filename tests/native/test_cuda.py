@@ -27,6 +27,8 @@ RULES = [
     (-8, 7, False, 0, True),
 ]  # fmt: skip
 BOUNDS = [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (-0.5, 0.5)]
+#: Of QDrop; it stays on the CPU
+SEED = torch.tensor(0x123456789ABCDEF)
 #: With short and long runs of a channel, rows of whole octets, one and several splits (36 in the last)
 SHAPES = [(2, 3, 5), (7, 4), (4, 40, 7, 7), (300, 24), (8, 8, 12, 12), (2, 2, 190, 190)]
 FORMATS = [torch.contiguous_format, torch.channels_last]
@@ -44,7 +46,7 @@ class Machine:
 
     def moved(self, argument: Any) -> Any:
         """A copy there of a tensor, with its strides and as (un)aligned; other arguments as they are."""
-        if not isinstance(argument, Tensor):
+        if not isinstance(argument, Tensor) or argument.data_ptr() == SEED.data_ptr():
             return argument
         offset = argument.storage_offset() % 16
         size = 1 + sum((n - 1) * s for n, s in zip(argument.shape, argument.stride(), strict=True))
@@ -94,7 +96,8 @@ class Machine:
 
 
 def _is_state(argument: Any) -> bool:
-    return isinstance(argument, Tensor) and argument.dim() < 2 and argument.is_contiguous()
+    is_small = isinstance(argument, Tensor) and argument.dim() < 2 and argument.is_contiguous()
+    return is_small and argument.data_ptr() != SEED.data_ptr()
 
 
 def _tensors(made: Any) -> list[Tensor]:
@@ -304,7 +307,8 @@ def test_learned_grids(
     scale, zero_point = 2.0 ** -(torch.arange(channels) % 4).float(), exact((channels,), 7) * 4
     rest = (scale, zero_point, -8, 7, axis, 0.25)
     machine.check("fake_quantize_learned_forward", x, *rest)
-    machine.check("fake_quantize_learned_backward", grad, x, *rest, close=nasty is not None)
+    for clips in (False, True):
+        machine.check("fake_quantize_learned_backward", grad, x, *rest, clips, close=nasty is not None)
     arguments = [machine.moved(t) for t in (grad, x, *rest)]
     first, second = (machine.call("fake_quantize_learned_backward", *arguments) for _ in range(2))
     assert same(first, [t.cpu() for t in second])
@@ -344,6 +348,35 @@ def test_learned_weights(
             )  # fmt: skip
 
 
+# ---- elements
+
+
+@RELAXED
+@given(x=tensors())
+def test_numbers_of_places_and_the_weights_of_dorefa(machine: Machine, x: Tensor) -> None:
+    weight = x.float()
+    machine.check("drop_numbers", weight, SEED)
+    y, ratio = machine.check("tanh_weight_forward", weight)
+    machine.check("tanh_weight_backward", torch.randn(y.shape), weight, ratio)
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES[2:5])
+def test_elements_that_keep_their_value(
+    machine: Machine, shape: Sequence[int], form: torch.memory_format, bounds: Bounds
+) -> None:
+    x, other = formed(exact(shape, 0), form), formed(exact(shape, 1), form)
+    x[(0,) * x.dim()] = torch.nan
+    mean, var = exact((shape[1],), 2), exact((shape[1],), 3).abs() + 0.5
+    qmin, qmax, *rest = RULES[0]
+    for tracks in (False, True):
+        state = tracked(1, known=True)
+        last = (tracks, 0.1, qmin, qmax, *rest, True, SEED, 0.4)
+        machine.check("norm_quantize_forward", x, None, None, mean, var, False, 0.1, 1e-5, *bounds, *state, *last)
+        machine.check("add_quantize_forward", x, other, *bounds, *state, *last)
+
+
 # ---- fused passes
 
 
@@ -366,6 +399,13 @@ def test_batch_norm_on_a_learned_grid(
         for with_zero_point in (False, True):
             # the grid's sums are of any numbers
             machine.check("norm_quantize_learned_backward", *back, with_zero_point, close=True)
+        for last in ((True, None, 0.0), (False, SEED, 0.4), (True, SEED, 1.0)):
+            _, bits, means, inverses = machine.check(
+                "norm_quantize_learned_forward", x, *weights, mean.clone(), var.abs() + 0.5, batch, 0.1, 1e-5, *bounds,
+                *grid, True, *last,
+            )  # fmt: skip
+            back = (grad, x, bits, *weights, means, inverses, batch, *bounds, *grid, 0.25)
+            machine.check("norm_quantize_learned_backward", *back, True, *last, close=True)
         there = [machine.moved(argument) for argument in back]
         first, second = (machine.call("norm_quantize_learned_backward", *there) for _ in range(2))
         assert same(first, [t.cpu() for t in second])
@@ -394,6 +434,9 @@ def test_additions_on_learned_grids(machine: Machine, shape: tuple[int, ...], bo
         machine.check("add_quantize_learned_forward", x, other, *bounds, *grid)
         for with_zero_point in (False, True):
             machine.check("add_quantize_learned_backward", grad, x, other, *bounds, *grid, with_zero_point)
+        for last in ((True, None, 0.0), (False, SEED, 0.4), (True, SEED, 1.0)):
+            machine.check("add_quantize_learned_forward", x, other, *bounds, *grid, *last)
+            machine.check("add_quantize_learned_backward", grad, x, other, *bounds, *grid, True, *last)
         if len(shape) == 2:
             turned = (x, other.t().contiguous().t(), *bounds, *grid)
             machine.check("add_quantize_learned_forward", *turned)

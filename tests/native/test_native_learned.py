@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from learned_cases import cases, pytorch, run
 from torch import Tensor
 
@@ -13,9 +14,11 @@ from qat.quantizers import learned
 
 
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(cases())
-def test_native_equals_pytorch(isa: str, case: tuple[Tensor, Tensor, Tensor, int, int, int | None]) -> None:
-    ours, theirs = run(case, 0.3, learned.is_for_native), run(case, 0.3, pytorch)
+@given(cases(), st.booleans())
+def test_native_equals_pytorch(
+    isa: str, case: tuple[Tensor, Tensor, Tensor, int, int, int | None], clips: bool
+) -> None:
+    ours, theirs = run(case, 0.3, learned.is_for_native, clips), run(case, 0.3, pytorch, clips)
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
     for a, b in zip(ours[2:], theirs[2:], strict=True):
@@ -52,6 +55,7 @@ def test_opcheck(operators: None) -> None:
     backward = torch.ops.qat.fake_quantize_learned_backward.default
     for arguments in (
         (x, scale, zero_point, 0, 15, 1, 0.5),
+        (x, scale, zero_point, 0, 15, 1, 0.5, True),
         (x, torch.tensor(0.1), torch.tensor(3.0), 0, 15),
         (torch.randn(0, 4), scale, zero_point, 0, 15, 1),
         (torch.randn(2, 4, 3, 3).to(memory_format=torch.channels_last), scale, zero_point, 0, 15, 1),

@@ -14,8 +14,9 @@ from native_cases import make, same_bits
 from torch import Tensor, nn
 
 from qat import native
-from qat.native import LearnedGrid, Norm
+from qat.native import Drop, LearnedGrid, Norm
 from qat.quantizers import OBSERVE, TRACK, FakeQuantize
+from qat.quantizers.dropping import keep_some
 from qat.quantizers.fused import add_fake_quantize, norm_fake_quantize
 from qat.scheme import QuantizerSpec, Scheme
 
@@ -23,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("operators")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 BOUNDS = [(-math.inf, math.inf), (0.0, math.inf), (0.0, 6.0), (-0.5, 1.5)]
 CODES = [(0, 15), (-8, 7), (0, 255)]
+DROPS = [None, None, 0.0, 0.3, 1.0]
 #: What the compared functions return: the value, and the gradients of the leaves.
 Result = tuple[Tensor, ...]
 
@@ -41,8 +43,14 @@ def leaves_of(norm: Norm, grid: LearnedGrid, *tensors: Tensor) -> tuple[list[Ten
     return [*own, *(t for t in (gamma, beta) if t is not None), scale, zero_point], norm, grid
 
 
-def learned(y: Tensor, grid: LearnedGrid) -> Tensor:
-    return native.fake_quantize_learned(y, grid.scale, grid.zero_point, grid.qmin, grid.qmax, None, grid.grad_scale)
+def learned(y: Tensor, grid: LearnedGrid, drop: Drop | None = None) -> Tensor:
+    codes = (grid.qmin, grid.qmax, None, grid.grad_scale, grid.clips)
+    out = native.fake_quantize_learned(y, grid.scale, grid.zero_point, *codes)
+    return out if drop is None else keep_some(y, out, drop.probability, drop.seed)
+
+
+def dropped(probability: float | None, seed: int) -> Drop | None:
+    return None if probability is None else Drop(torch.tensor(seed * 0x123456789ABC), probability)
 
 
 def compared(
@@ -55,7 +63,7 @@ def compared(
         y = function(*leaves[: len(tensors)], own, on)
         upstream = torch.linspace(-1, 1.5, y.numel()).reshape(y.shape)
         gradients = torch.autograd.grad(y, leaves, upstream)
-        assert y.stride() == torch.empty_like(leaves[0]).stride()
+        assert function is single or y.stride() == torch.empty_like(leaves[0]).stride()
         results.append(([y.detach(), *gradients[:-2], own.running_mean, own.running_var], gradients[-2:]))
     for have, want in zip(results[0][0], results[1][0], strict=True):
         assert (have is None and want is None) or same_bits(have, want)
@@ -70,10 +78,10 @@ def norm_of(channels: int, seed: int, *, batch: bool, affine: bool = True) -> No
     return Norm(*weights, mean.clone(), var.abs() + 0.5, batch, 0.1, 1e-5)
 
 
-def grid_of(seed: int, codes: tuple[int, int], grad_scale: float = 0.3) -> LearnedGrid:
+def grid_of(seed: int, codes: tuple[int, int], grad_scale: float = 0.3, clips: bool = False) -> LearnedGrid:
     generator = torch.Generator().manual_seed(seed)
     zero_point = torch.rand((), generator=generator) * (codes[1] - codes[0] + 6) + codes[0] - 3
-    return LearnedGrid(torch.rand((), generator=generator) * 0.2 + 0.01, zero_point, *codes, grad_scale)
+    return LearnedGrid(torch.rand((), generator=generator) * 0.2 + 0.01, zero_point, *codes, grad_scale, clips)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -84,20 +92,23 @@ def grid_of(seed: int, codes: tuple[int, int], grad_scale: float = 0.3) -> Learn
     affine=st.booleans(),
     bounds=st.sampled_from(BOUNDS),
     codes=st.sampled_from(CODES),
+    clips=st.booleans(),
+    drop=st.sampled_from(DROPS),
     nasty=st.sampled_from([0.0, 0.0, 0.05]),
     seed=st.integers(0, 1000),
 )
 def test_the_fused_pass_of_a_batch_norm(
     isa: str, shape: tuple[int, ...], form: str, batch: bool, affine: bool, bounds: tuple[float, float],
-    codes: tuple[int, int], nasty: float, seed: int,
+    codes: tuple[int, int], clips: bool, drop: float | None, nasty: float, seed: int,
 ) -> None:  # fmt: skip
+    chosen = dropped(drop, seed)
     batch = batch and math.prod(shape) > shape[1]
     x = make(shape, "contiguous", torch.float32, seed, nasty).contiguous(memory_format=FORMATS[form])
     compared(
-        lambda x, norm, grid: native.norm_quantize_learned(x, norm, bounds, grid),
-        lambda x, norm, grid: learned(native.norm_quantize(x, norm, bounds, None), grid),
+        lambda x, norm, grid: native.norm_quantize_learned(x, norm, bounds, grid, chosen),
+        lambda x, norm, grid: learned(native.norm_quantize(x, norm, bounds, None), grid, chosen),
         norm_of(shape[1], seed, batch=batch, affine=affine),
-        grid_of(seed, codes),
+        grid_of(seed, codes, clips=clips),
         x,
     )
 
@@ -108,19 +119,22 @@ def test_the_fused_pass_of_a_batch_norm(
     layouts=st.tuples(*[st.sampled_from(["contiguous", "permuted", "strided", "unaligned"])] * 2),
     bounds=st.sampled_from(BOUNDS),
     codes=st.sampled_from(CODES),
+    clips=st.booleans(),
+    drop=st.sampled_from(DROPS),
     nasty=st.sampled_from([0.0, 0.05]),
     seed=st.integers(0, 1000),
 )
 def test_the_fused_pass_of_an_addition(
     isa: str, shape: tuple[int, ...], layouts: tuple[str, str], bounds: tuple[float, float], codes: tuple[int, int],
-    nasty: float, seed: int,
+    clips: bool, drop: float | None, nasty: float, seed: int,
 ) -> None:  # fmt: skip
+    chosen = dropped(drop, seed)
     tensors = [make(shape, layout, torch.float32, seed + k, nasty) for k, layout in enumerate(layouts)]
     compared(
-        lambda x, other, _, grid: native.add_quantize_learned(x, other, bounds, grid),
-        lambda x, other, _, grid: learned(native.add_quantize(x, other, bounds, None), grid),
+        lambda x, other, _, grid: native.add_quantize_learned(x, other, bounds, grid, chosen),
+        lambda x, other, _, grid: learned(native.add_quantize(x, other, bounds, None), grid, chosen),
         Norm(None, None, None, None, False, 0.0, 0.0),
-        grid_of(seed, codes),
+        grid_of(seed, codes, clips=clips),
         *tensors,
     )
 
@@ -183,11 +197,14 @@ def quantizer_of(name: str, **options: object) -> FakeQuantize:
     return quantizer.train()
 
 
-@pytest.mark.parametrize("name", ["lsq", "lsq_plus", "tqt", "ulq"])
+@pytest.mark.parametrize(
+    ("name", "drop"),
+    [("lsq", 0.0), ("lsq", 0.5), ("lsq_plus", 0.0), ("tqt", 0.0), ("ulq", 0.0), ("pact", 0.0), ("pact", 0.3)],
+)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("addition", [True, False])
 def test_every_quantizer_that_learns_a_grid_is_fused(
-    name: str, training: bool, addition: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, drop: float, training: bool, addition: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = []
     whole = {name: getattr(native, name) for name in ("norm_quantize_learned", "add_quantize_learned")}
@@ -195,7 +212,8 @@ def test_every_quantizer_that_learns_a_grid_is_fused(
         monkeypatch.setattr(native, key, lambda *a, f=function, k=key: (used.append(k), f(*a))[1])
     found = []
     for fused in (True, False):
-        quantizer = quantizer_of(name).train(training)
+        torch.manual_seed(1)
+        quantizer = quantizer_of(name, drop=drop).train(training)
         x, other = (torch.randn(4, 6, 5, 5, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
         leaf = x.requires_grad_()
         norm = nn.BatchNorm2d(6).train(training)
@@ -214,19 +232,6 @@ def test_every_quantizer_that_learns_a_grid_is_fused(
         torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "options"), [("pact", {}), ("lsq", {"drop": 0.5})])
-def test_what_does_more_than_a_learned_grid_is_called(
-    name: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*_: object) -> None:
-        raise AssertionError
-
-    monkeypatch.setattr(native, "norm_quantize_learned", refuse)
-    quantizer, x = quantizer_of(name, **options), torch.randn(2, 3, 4, 4, requires_grad=True)
-    norm_fake_quantize(x, nn.BatchNorm2d(3), nn.ReLU(), quantizer).sum().backward()
-    assert all(p.grad is not None for p in quantizer.parameters())
-
-
 # -- operators
 
 
@@ -237,18 +242,21 @@ def test_opcheck() -> None:
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     ops = torch.ops.qat
     forward, backward = ops.norm_quantize_learned_forward.default, ops.norm_quantize_learned_backward.default
-    for last in ((True,), (False,), ()):
+    dropping = (True, torch.tensor(7), 0.5)
+    for last in ((True,), (False,), (), (True, *dropping)):
         torch.library.opcheck(forward, (x, *norm, 0.0, 6.0, *grid, *last), test_utils=checks)
     _, bits, mean, invstd = forward(x, *norm, 0.0, 6.0, *grid)
-    for last in ((), (0.5, False)):
+    for last in ((), (0.5, False), (0.5, False, *dropping)):
         given = (x, x, bits, *norm[:2], mean, invstd, True, 0.0, 6.0, *grid, *last)
         torch.library.opcheck(backward, given, test_utils=checks)
     leaves = [t.requires_grad_() for t in (x, x.clone(), torch.tensor(0.1), torch.tensor(3.3))]
     added = (*leaves[:2], 0.0, math.inf, *leaves[2:], 0, 15)
     assert set(torch.library.opcheck(ops.add_quantize_learned_forward.default, added).values()) == {"SUCCESS"}
     assert set(torch.library.opcheck(ops.add_quantize_learned_forward.default, (*added, 0.5)).values()) == {"SUCCESS"}
+    whole = (*added, 0.5, *dropping)
+    assert set(torch.library.opcheck(ops.add_quantize_learned_forward.default, whole).values()) == {"SUCCESS"}
     plain = [t.detach() if isinstance(t, Tensor) else t for t in added]
-    for last in ((), (0.5, False)):
+    for last in ((), (0.5, False), (0.5, False, *dropping)):
         given = (torch.ones_like(plain[0]), *plain, *last)
         assert set(torch.library.opcheck(ops.add_quantize_learned_backward.default, given).values()) == {"SUCCESS"}
 
@@ -265,6 +273,9 @@ X, ONE, ZERO = torch.zeros(2, 3, 4, 4), torch.ones(1), torch.zeros(1)
         ({"scale": torch.ones(2)}, "2 values in scale for 1 channels"),
         ({"zero_point": torch.ones(3)}, "3 values in zero_point for 1 channels"),
         ({"qmax": 0}, "integer range"),
+        ({"seed": torch.zeros(2, dtype=torch.int64)}, "seed is not one int64 value on the CPU"),
+        ({"seed": torch.zeros(())}, "seed is not one int64 value on the CPU"),
+        ({"seed": torch.tensor(1), "drop": 1.5}, r"drop is 1.5\d*; give a probability in \[0, 1\]"),
     ],
 )
 def test_bad_input(change: dict[str, Any], message: str) -> None:

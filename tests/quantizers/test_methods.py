@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qat.quantizers import FakeQuantize, Quantizer, fake_quantize
+from qat.quantizers import QUANTIZE, TRACK, FakeQuantize, Quantizer, fake_quantize
 from qat.quantizers.method import FLOOR, at_least, power_of_two
 from qat.scheme import Scheme
 
@@ -138,18 +138,70 @@ def test_lsq_of_weights_by_channel_and_with_a_batch_norm(seed: int, gamma: float
     f = factor.double()[:, None]
 
     def reference(w: Tensor, step: Tensor) -> Tensor:
-        s = cases.scaled(step, 1 / math.sqrt(8 * 7))[:, None]
+        # the step is that of the weight, and folding makes it that of the folded one
+        s = cases.scaled(step, 1 / math.sqrt(8 * 7))[:, None] * f.abs()
         return cases.on_grid(w * f, s, torch.zeros((), dtype=torch.float64), -7, 7) / f
 
     upstream = torch.linspace(-1.0, 1.5, 24).reshape(3, 8)
     leaf = w.clone().requires_grad_()
     dw, ds = torch.autograd.grad(q(leaf), [leaf, q.step], upstream)
-    leaves = [w.double().requires_grad_(), scale.double().requires_grad_()]
+    torch.testing.assert_close(q.step, scale / factor.abs())
+    leaves = [w.double().requires_grad_(), q.step.detach().double().requires_grad_()]
     expected = torch.autograd.grad(reference(*leaves), leaves, upstream.double())
     torch.testing.assert_close(dw.double(), expected[0], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
-        ds.double(), expected[1], rtol=1e-4, atol=1e-4 * float((upstream / factor[:, None]).abs().sum())
+        ds.double(), expected[1], rtol=1e-4, atol=1e-4 * float(upstream.abs().sum())
     )
+
+
+@pytest.mark.parametrize("learning", [True, False])
+def test_a_learned_grid_by_channel_follows_the_statistics_of_its_batch_norm(learning: bool) -> None:
+    torch.manual_seed(0)
+    bn, w = nn.BatchNorm1d(3), torch.randn(3, 8)
+    q = cases.weight(cases.CHANNELS, "lsq", torch.ones(3, 8), bn)
+    q.load_encoding(cases.encoding(cases.CHANNELS, torch.tensor([0.1, 0.2, 0.3]), [0, 0, 0]))
+    q.set_phase(TRACK if learning else QUANTIZE)
+    before, factor = (q.codes(w), q(w).detach()), q.factor()
+    with torch.no_grad():
+        bn.running_var.copy_(torch.tensor([0.5, 1.0, 7.0]))
+        bn.weight.copy_(torch.tensor([-1.5, 1.0, 0.7]))
+    if not learning:
+        # standing still, the grid is that of the folded weight until it is told
+        assert not torch.equal(q.codes(w)[0], before[0][0])
+        q.follow_batch_norm(w, factor)
+    after = q.codes(w), q(w).detach()
+    sign = torch.tensor([-1, 1, 1])[:, None]
+    assert torch.equal(after[0][0], sign * before[0][0])
+    torch.testing.assert_close(after[1], before[1], rtol=1e-6, atol=0.0)
+    scale = torch.tensor(before[0][1].scale) * (q.factor() / factor).abs()
+    torch.testing.assert_close(torch.tensor(after[0][1].scale), scale)
+    # what is kept when learning ends is what it was
+    q.set_phase(QUANTIZE)
+    assert torch.equal(q.codes(w)[0], after[0][0])
+    torch.testing.assert_close(q(w).detach(), after[1], rtol=1e-6, atol=0.0)
+
+
+def test_re_estimated_statistics_leave_learned_codes_alone() -> None:
+    torch.manual_seed(0)
+    bn, w = nn.BatchNorm1d(3), torch.randn(3, 8)
+    q = cases.weight(cases.CHANNELS, "lsq", torch.ones(3, 8), bn)
+    q.load_encoding(cases.encoding(cases.CHANNELS, torch.tensor([0.1, 0.2, 0.3]), [0, 0, 0]))
+    q.set_phase(TRACK)
+    codes, factor = q.codes(w)[0], q.factor()
+    with torch.no_grad():
+        bn.running_var.copy_(torch.tensor([0.5, 1.0, 7.0]))
+    q.follow_batch_norm(w, factor)
+    assert torch.equal(q.codes(w)[0], codes)
+    torch.testing.assert_close(q.scale, torch.tensor([0.1, 0.2, 0.3]) * (q.factor() / factor).abs())
+
+
+def test_a_learned_grid_of_a_whole_weight_is_that_of_the_folded_one() -> None:
+    bn = nn.BatchNorm1d(3)
+    q = cases.weight(cases.INT4, "lsq", torch.ones(3, 8), bn)
+    q.load_encoding(cases.encoding(cases.INT4, torch.tensor([0.1]), [0]))
+    with torch.no_grad():
+        bn.running_var.copy_(torch.tensor([0.5, 1.0, 7.0]))
+    assert float(q.grid()[0]) == pytest.approx(0.1)
 
 
 def test_lsq_of_weights_by_group() -> None:
