@@ -149,9 +149,7 @@ def test_lsq_of_weights_by_channel_and_with_a_batch_norm(seed: int, gamma: float
     leaves = [w.double().requires_grad_(), q.step.detach().double().requires_grad_()]
     expected = torch.autograd.grad(reference(*leaves), leaves, upstream.double())
     torch.testing.assert_close(dw.double(), expected[0], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(
-        ds.double(), expected[1], rtol=1e-4, atol=1e-4 * float(upstream.abs().sum())
-    )
+    torch.testing.assert_close(ds.double(), expected[1], rtol=1e-4, atol=1e-4 * float(upstream.abs().sum()))
 
 
 @pytest.mark.parametrize("learning", [True, False])
