@@ -168,9 +168,9 @@ class _Lowering:
     def _compute(self, op: GraphOp, fusion: Fusion, result: str, encoding: Encoding) -> None:
         """Emit the integer operator `op`, whose codes go to the tensor `result`."""
         if op.kind in _WEIGHTED:
-            self._weighted(op, folded(self.prepared, fusion), result)
+            self._weighted(op, folded(self.prepared, fusion), result, encoding)
         elif op.kind == "batch_norm":
-            self._batch_norm(op, result)
+            self._batch_norm(op, result, encoding)
         elif op.kind in ("layer_norm", "prelu"):
             parameters = self._parameters(op)
             self.draft.emit(op.kind, op.name, (self.draft.codes(op.tensors[0]), *parameters), result, op.attrs)
@@ -240,7 +240,7 @@ class _Lowering:
 
     # -- operators with weights
 
-    def _weighted(self, op: GraphOp, affine: Affine, result: str) -> None:
+    def _weighted(self, op: GraphOp, affine: Affine, result: str, encoding: Encoding) -> None:
         assert op.weight is not None
         source = self.draft.codes(op.tensors[0])
         held, scheme = self.draft.held(source), self.plan[op.weight.key].scheme
@@ -250,7 +250,7 @@ class _Lowering:
         if weight_key in self.draft.constants:
             # a reused module: another input scale asks for another bias
             weight_key, bias_key = f"{weight_key}#{op.name}", f"{bias_key}#{op.name}"
-        weight, bias = quantize_affine(op.name, (weight_key, bias_key), affine, scheme, held)
+        weight, bias = quantize_affine(op.name, (weight_key, bias_key), affine, scheme, held, encoding)
         self._emit_weighted(op, source, weight, bias, result, op.attrs)
 
     def _emit_weighted(
@@ -263,7 +263,7 @@ class _Lowering:
         inputs = (source, weight.name, bias.name if bias is not None else "")
         self.draft.emit(kind or op.kind, op.name, inputs, result, attrs, op.macs)
 
-    def _batch_norm(self, op: GraphOp, result: str) -> None:
+    def _batch_norm(self, op: GraphOp, result: str, encoding: Encoding) -> None:
         """A batch norm that could not be folded is a depthwise convolution with kernel 1."""
         source = self.draft.codes(op.tensors[0])
         held = self.draft.held(source)
@@ -275,7 +275,7 @@ class _Lowering:
         affine = Affine(weight_value, shift, 0, None, weight_value)
         scheme = Scheme(dtype="int8", symmetric=True, granularity=Granularity("per_channel", 0), qmin=-127)
         keys = (f"{op.name}.weight", f"{op.name}.bias")
-        weight, bias = quantize_affine(op.name, keys, affine, scheme, held)
+        weight, bias = quantize_affine(op.name, keys, affine, scheme, held, encoding)
         attrs = {
             "stride": (1,) * spatial, "padding": ((0, 0),) * spatial, "dilation": (1,) * spatial,
             "groups": factor.numel(),

@@ -20,6 +20,9 @@ from qat.scheme import Granularity, Scheme, int_type
 
 #: A bias beyond this many steps is brought back by a coarser weight scale; the rest of int32 is left to the products.
 _BIAS_LIMIT = 1 << 30
+#: How much finer than useless the weight scale of a dead channel is made. The bias is then exact to a hundredth of a
+#: step of the result, or so; a full input still moves the result
+_FINER = 64.0
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,17 @@ def norm_affine(prepared: PreparedModel, norm: GraphOp) -> tuple[Tensor, Tensor]
 
 
 def quantize_affine(
-    name: str, keys: tuple[str, str], affine: Affine, scheme: Scheme, x: Encoding
+    name: str, keys: tuple[str, str], affine: Affine, scheme: Scheme, x: Encoding, y: Encoding
 ) -> tuple[Constant, Constant | None]:
     """Quantize weight and bias of an operator.
 
     Where a bias would need more than 30 bits (the weights of a channel are tiny against its bias), that channel's
     weight scale is made coarser until it fits; the weights there contribute next to nothing.
+
+    The other way round, a bias is rounded to steps of input scale times weight scale. In a channel whose input never
+    moves, the batch norm has next to no variance, the folded weights are huge, and the step may be larger than all that
+    the output can hold. There the weight scale is made finer, to where the largest weight times one code of the input
+    is a 64th of the range of the output.
 
     Args:
         name: Name of the operator, for messages.
@@ -99,6 +107,7 @@ def quantize_affine(
         affine: Float weight and bias.
         scheme: Scheme of the weight.
         x: Encoding of the input.
+        y: Encoding of the result.
 
     Raises:
         ExportError: A bias is not finite; the operator is named.
@@ -121,9 +130,9 @@ def quantize_affine(
         if encoding.per_tensor:
             needed = needed.max().reshape(1)
         scale = encoding.scale_tensor.reshape(-1)
-        if bool((needed > scale).any()):
-            wider = torch.maximum(scale, needed)
-            encoding = replace(encoding, scale=tuple(wider.tolist()))
+        fitting = torch.maximum(_without_dead(encoding, affine.bias, x, y), needed)
+        if not torch.equal(fitting, scale):
+            encoding = replace(encoding, scale=tuple(fitting.tolist()))
             codes = encoding.quantize(affine.weight)
     bias_scale = bias_scales(encoding, x_scale, channels)
     exact = affine.bias.to(bias_scale.device) / bias_scale.double()
@@ -142,6 +151,21 @@ def quantize_affine(
         method="input scale times weight scale",
     )
     return Constant(keys[0], storage(codes, encoding.dtype), encoding), Constant(keys[1], bias_codes, bias_encoding)
+
+
+def _without_dead(weight: Encoding, bias: Tensor, x: Encoding, y: Encoding) -> Tensor:
+    """Return the weight scale of each channel, float32, finer where the largest weight is useless.
+
+    That is where it times one code of the input is more than all that the result can hold. Not with one scale for all
+    channels, and not where the bias by itself is far outside of what the result can hold, for the products may be what
+    brings it back.
+    """
+    scale, (low, high) = weight.scale_tensor.reshape(-1), y.representable()
+    if weight.per_tensor or scale.numel() != bias.numel():
+        return scale
+    within = (bias >= low - (high - low)) & (bias <= high + (high - low))
+    useful = (high - low) / (max(abs(weight.qmin), weight.qmax) * x.scale[0])
+    return torch.where(within & (scale > useful), torch.tensor(useful / _FINER), scale)
 
 
 def quantize_parameters(

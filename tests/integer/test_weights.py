@@ -17,6 +17,7 @@ from qat.scheme import Granularity, Scheme
 
 PER_CHANNEL = Scheme(dtype="int8", symmetric=True, granularity=Granularity("per_channel", 0), qmin=-127)
 INPUT = Encoding("uint8", (0.02,), (128,), 0, 255)
+OUTPUT = Encoding("uint8", (0.4,), (128,), 0, 255)
 
 
 def affine(weight: torch.Tensor, bias: torch.Tensor | None) -> Affine:
@@ -24,7 +25,8 @@ def affine(weight: torch.Tensor, bias: torch.Tensor | None) -> Affine:
 
 
 def test_a_bias_has_the_scale_of_the_products() -> None:
-    weight, bias = quantize_affine("l", ("w", "b"), affine(torch.randn(4, 8), torch.randn(4)), PER_CHANNEL, INPUT)
+    given = affine(torch.randn(4, 8), torch.randn(4))
+    weight, bias = quantize_affine("l", ("w", "b"), given, PER_CHANNEL, INPUT, OUTPUT)
     assert bias is not None
     assert bias.encoding is not None
     assert weight.encoding is not None
@@ -36,7 +38,7 @@ def test_a_bias_has_the_scale_of_the_products() -> None:
 
 def test_a_bias_is_rounded_to_the_nearest_step() -> None:
     values = torch.tensor([0.3, -0.7, 0.0, 12.0])
-    _, bias = quantize_affine("l", ("w", "b"), affine(torch.randn(4, 8), values), PER_CHANNEL, INPUT)
+    _, bias = quantize_affine("l", ("w", "b"), affine(torch.randn(4, 8), values), PER_CHANNEL, INPUT, OUTPUT)
     assert bias is not None
     assert bias.encoding is not None
     steps = torch.tensor(bias.encoding.scale)
@@ -44,7 +46,7 @@ def test_a_bias_is_rounded_to_the_nearest_step() -> None:
 
 
 def test_without_a_bias_there_is_none() -> None:
-    assert quantize_affine("l", ("w", "b"), affine(torch.randn(4, 8), None), PER_CHANNEL, INPUT)[1] is None
+    assert quantize_affine("l", ("w", "b"), affine(torch.randn(4, 8), None), PER_CHANNEL, INPUT, OUTPUT)[1] is None
 
 
 @pytest.mark.parametrize("granularity", [Granularity("per_channel", 0), Granularity()], ids=["channel", "tensor"])
@@ -56,7 +58,7 @@ def test_a_bias_beyond_its_range_makes_the_weight_scale_coarser(granularity: Gra
     values = torch.tensor([0.5, 40.0, -0.5])
     scheme = PER_CHANNEL.with_(granularity=granularity)
     plain = Encoding.from_range(-weights.abs().amax(1), weights.abs().amax(1), PER_CHANNEL)
-    weight, bias = quantize_affine("l", ("w", "b"), affine(weights, values), scheme, INPUT)
+    weight, bias = quantize_affine("l", ("w", "b"), affine(weights, values), scheme, INPUT, OUTPUT)
     assert bias is not None
     assert bias.encoding is not None
     assert weight.encoding is not None
@@ -66,6 +68,65 @@ def test_a_bias_beyond_its_range_makes_the_weight_scale_coarser(granularity: Gra
         # the other channels are left alone
         assert weight.encoding.scale[0] == plain.scale[0]
         assert weight.encoding.scale[1] > plain.scale[1]
+
+
+FOUR = PER_CHANNEL.with_(dtype="int4", qmin=-7)
+X4, Y4 = Encoding("uint4", (0.3,), (0,), 0, 15), Encoding("uint4", (0.33,), (0,), 0, 15)
+
+
+def test_the_bias_of_a_dead_channel_is_not_rounded_away() -> None:
+    """A variance of next to nothing makes folded weights of hundreds, and steps of the bias beyond all results."""
+    weights = torch.rand(4, 9) + 0.2
+    weights[2] *= 300.0
+    values = torch.tensor([0.4, 0.5, 0.41, 0.3])
+    plain = Encoding.from_range(-weights.amax(1), weights.amax(1), FOUR)
+    weight, bias = quantize_affine("l", ("w", "b"), affine(weights, values), FOUR, X4, Y4)
+    assert bias is not None
+    assert bias.encoding is not None
+    assert weight.encoding is not None
+    assert plain.scale[2] * X4.scale[0] > 10 * Y4.scale[0]
+    found = bias.encoding.dequantize(bias.value)
+    assert float((found - values).abs()[2]) < 0.02 * Y4.scale[0]
+    assert weight.encoding.scale[:2] == plain.scale[:2]
+    # the weights of that channel are as large as can be, and a full input still moves the result by more than it holds
+    assert torch.equal(weight.value[2].int(), torch.full((9,), 7, dtype=torch.int32))
+    assert 15 * X4.scale[0] * 9 * 7 * weight.encoding.scale[2] > 15 * Y4.scale[0]
+
+
+@pytest.mark.parametrize("bias", [200.0, -200.0])
+def test_large_weights_that_make_up_for_a_large_bias_are_left_alone(bias: float) -> None:
+    weights = torch.rand(2, 9) + 0.2
+    weights[1] *= 300.0
+    plain = Encoding.from_range(-weights.amax(1), weights.amax(1), FOUR)
+    weight, _ = quantize_affine("l", ("w", "b"), affine(weights, torch.tensor([0.1, bias])), FOUR, X4, Y4)
+    assert weight.encoding is not None
+    assert weight.encoding.scale == plain.scale
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_channel_that_never_moves_has_its_constant(bits: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU6(),
+        nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False), nn.BatchNorm2d(6), nn.ReLU6(), nn.Conv2d(6, 4, 1),
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        # the fourth channel is always zero before the depthwise layer, whose batch norm has seen no variance in it
+        model[1].bias[3] = -60.0
+        model[4].running_var[3] = 0.0
+        model[4].bias[3] = 0.4
+    images = torch.randn(64, 3, 8, 8)
+    scheme = {"weights": {"dtype": "int4"}, "activations": {"qmin": 0, "qmax": 15}} if bits == 4 else None
+    qmodel = qat.prepare(model, images, target=qat.load_target("onnxruntime-cpu"), scheme=scheme)
+    qat.calibrate(qmodel, [images], progress=False)
+    imodel = qat.convert(qmodel)
+    encoding = qmodel.encodings()["5"]
+    codes = imodel.run((images,), collect=["5"])["5"][:, 3]
+    want = int(encoding.quantize(torch.tensor(0.4)))
+    if bits == 4:
+        assert abs(0.4 / encoding.scale[0] - round(0.4 / encoding.scale[0])) < 0.45, "a tie would show nothing"
+    # at 8 bits a bias may be rounded by as much as a step of the result
+    assert int((codes - want).abs().max()) <= (0 if bits == 4 else 1)
 
 
 def test_tiny_weights_under_a_large_bias_still_give_the_right_result() -> None:
