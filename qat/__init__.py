@@ -25,7 +25,8 @@ from qat.packages.verify import PackageVerification, verify_package
 from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme
 from qat.schemes import LayerRule, Schemes
 from qat.targets import Target, load_target
-from qat.train.oscillation import OscillationSettings, OscillationTracker
+from qat.train.oscillation import OscillationTracker
+from qat.train.oscillation_settings import OscillationSettings
 
 __version__ = "0.1.0"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from qat.recipe.schema import InputPart, Recipe
 from qat.recipe.schema_train import DistillPart, TrainPart
 from qat.train.data import AugmentSpec, DataSpec, InputSpec
-from qat.train.oscillation import OscillationSettings
+from qat.train.oscillation_settings import OscillationSettings
 from qat.train.settings import (
     CheckpointSettings,
     DistillSettings,

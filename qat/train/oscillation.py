@@ -11,7 +11,6 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,6 +20,7 @@ from qat.errors import CheckpointError, StateError
 from qat.graph.prepared import PreparedModel
 from qat.quantizers import WeightFakeQuantize
 from qat.train.hooks import Hook
+from qat.train.oscillation_settings import OscillationSettings
 
 #: a weight oscillates where its frequency is above this (the paper's bound)
 OSCILLATING = 0.005
@@ -29,47 +29,6 @@ _BITS = 8
 #: elements
 _IN_CACHE = 1 << 15
 _STATE = ("codes", "direction", "average", "frequency", "frozen", "held")
-
-
-@dataclass(frozen=True)
-class OscillationSettings:
-    """What is done about oscillations; the defaults are the authors' for MobileNetV2 at 4 bits.
-
-    Attributes:
-        enabled: `auto`: where the model has weights below 8 bits.
-        momentum: Weight of a step in the moving averages of codes and of oscillation.
-        dampen: Weight of the dampening loss; 0 for none. The authors' is 0.1, in place of freezing.
-        dampen_schedule: `cosine`: from 0 to `dampen` over the training; `constant`.
-        freeze: Frequency of oscillation above which a weight is frozen, at the start; None to freeze none.
-        freeze_final: The same at the end, by a cosine; None for a constant threshold.
-    """
-
-    enabled: bool | Literal["auto"] = "auto"
-    momentum: float = 0.01
-    dampen: float = 0.0
-    dampen_schedule: Literal["constant", "cosine"] = "cosine"
-    freeze: float | None = 0.1
-    freeze_final: float | None = 0.01
-
-    def __post_init__(self) -> None:
-        _check(self.enabled in (True, False, "auto"), "enabled", self.enabled, "give true, false or auto")
-        _check(0.0 < self.momentum <= 1.0, "momentum", self.momentum, "give a number in (0, 1]")
-        _check(0.0 <= self.dampen < math.inf, "dampen", self.dampen, "give 0 or a positive number")
-        schedules = ("constant", "cosine")
-        _check(self.dampen_schedule in schedules, "dampen_schedule", self.dampen_schedule, "give constant or cosine")
-        for name, value in (("freeze", self.freeze), ("freeze_final", self.freeze_final)):
-            _check(value is None or 0.0 < value <= 1.0, name, value, "give a frequency in (0, 1], or null")
-
-    @property
-    def is_scheduled(self) -> bool:
-        """Whether something changes over the training, whose length must then be known."""
-        dampens = self.dampen > 0.0 and self.dampen_schedule == "cosine"
-        return dampens or (self.freeze is not None and self.freeze_final is not None)
-
-
-def _check(ok: bool, name: str, value: object, mend: str) -> None:
-    if not ok:
-        raise StateError(f"oscillation.{name} is {value!r}", mend)
 
 
 class OscillationTracker(Hook):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qat.errors import TrainError
-from qat.train.oscillation import OscillationSettings
+from qat.train.oscillation_settings import OscillationSettings
 
 
 @dataclass(frozen=True)

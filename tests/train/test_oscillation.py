@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import qat
 from qat.errors import CheckpointError, StateError
 from qat.graph.prepared import PreparedModel
-from qat.train.oscillation import OscillationSettings, OscillationTracker, prepared_model
+from qat.train.oscillation import OscillationTracker, prepared_model
+from qat.train.oscillation_settings import OscillationSettings
 
 TARGET = qat.load_target("onnxruntime-cpu")
 X = torch.randn(32, 3, 6, 6, generator=torch.Generator().manual_seed(1))

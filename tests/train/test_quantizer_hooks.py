@@ -14,7 +14,7 @@ from qat.graph.prepared import PreparedModel
 from qat.train.data import Split
 from qat.train.hooks import EpochRecord, Hook
 from qat.train.log import TrainingLog
-from qat.train.oscillation import OscillationSettings
+from qat.train.oscillation_settings import OscillationSettings
 from qat.train.settings import OptimizerSettings, TrainSettings
 from qat.train.trainer import fit
 
