@@ -78,8 +78,8 @@ def expected(host: Path) -> dict[str, str]:
     """Hashes of the portable kernels here."""
     found = hashes([str(host), "run", "portable", CASES])
     operators = {name.split()[0] for name in found}
-    assert len(operators) == 17
-    assert len(found) == 17 * int(CASES)
+    assert len(operators) == 18
+    assert len(found) == 18 * int(CASES)
     return found
 
 
