@@ -85,14 +85,20 @@ def ends(model: nn.Module, example: Tensor) -> dict[str, Any]:
     }
 
 
-def default(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> PreparedModel:
-    """Quantize by the default recipe."""
+def corrected(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> tuple[PreparedModel, nn.Module]:
+    """Equalize, calibrate and correct biases; return the float model that was equalized too."""
     qmodel = prepare(model, batches[0], scheme, None)
     qat.equalize(qmodel, batches, progress=False)
     reference = copy.deepcopy(model)
     reference.load_state_dict(qmodel.float_state_dict())
     qat.calibrate(qmodel, batches, progress=False)
     qat.correct_bias(qmodel, batches, progress=False)
+    return qmodel, reference
+
+
+def default(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> PreparedModel:
+    """Quantize by the default recipe."""
+    qmodel, reference = corrected(model, batches, scheme)
     if "weights" in scheme and scheme["weights"].get("dtype") == "int4":
         qat.gptq(qmodel, batches, float_model=reference, progress=False)
         qat.correct_bias(qmodel, batches, float_model=reference, progress=False)
@@ -101,12 +107,7 @@ def default(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> 
 
 def best(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> PreparedModel:
     """Quantize by block reconstruction, with learned scales of activations of 4 bits."""
-    qmodel = prepare(model, batches[0], scheme, None)
-    qat.equalize(qmodel, batches, progress=False)
-    reference = copy.deepcopy(model)
-    reference.load_state_dict(qmodel.float_state_dict())
-    qat.calibrate(qmodel, batches, progress=False)
-    qat.correct_bias(qmodel, batches, progress=False)
+    qmodel, reference = corrected(model, batches, scheme)
     rate = 1e-3 if "activations" in scheme else 0.0
     qat.reconstruct(
         qmodel, batches, iterations=ITERATIONS, scale_rate=rate, correct=True, float_model=reference, progress=False

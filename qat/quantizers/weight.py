@@ -15,15 +15,12 @@ from qat.errors import DataError, EncodingError, SchemeError, StateError
 from qat.observers import weight_range
 from qat.quantizers.base import Quantizer
 from qat.quantizers.extrema import rows_of, tensor_range
+from qat.quantizers.folding import GAMMA_FLOOR, folding_factor, spread
 from qat.quantizers.learned import fake_quantize_learned
 from qat.quantizers.method import Start
 from qat.quantizers.rounding import LearnedRounding
 from qat.quantizers.static import fake_quantize, is_for_native
 from qat.scheme import Scheme
-
-#: Smallest |gamma| that is used: keeps the factor away from zero. The outputs of a batch norm are off by less
-#: than this times the normalized value, far below any activation's scale.
-GAMMA_FLOOR = 2.0**-20
 
 
 class WeightFakeQuantize(Quantizer):
@@ -126,28 +123,12 @@ class WeightFakeQuantize(Quantizer):
 
     def factor(self) -> Tensor | None:
         """Return `gamma / sqrt(running_var + eps)`, float32 (output channels,); None without a batch norm."""
-        if not self._bn or self._bn[0].running_var is None:
-            return None
-        bn = self._bn[0]
-        variance = self._bn[0].running_var.detach().to(torch.float32) + bn.eps
-        # torch's float32 root may be off by one bit, the float64 one rounded to float32 never is
-        root = torch.sqrt(variance.to(torch.float64)).to(torch.float32)
-        if bn.weight is None:
-            return 1.0 / root
-        gamma = bn.weight.detach().to(torch.float32)
-        floor = torch.copysign(torch.full_like(gamma, GAMMA_FLOOR), gamma)
-        return torch.where(gamma.abs() < GAMMA_FLOOR, floor, gamma) / root
+        return folding_factor(self._bn[0]) if self._bn else None
 
     def _spread_factor(self, weight: Tensor) -> Tensor | None:
         """Return the factor so that it broadcasts against the weight."""
         factor = self.factor()
-        if factor is None:
-            return None
-        if self.channel_axis == 0 or self.groups == 1:
-            return factor.reshape([-1 if d == self.channel_axis else 1 for d in range(weight.dim())])
-        # (groups, 1, out / groups) over the input channels of each group
-        rows = factor.reshape(self.groups, 1, -1).expand(-1, weight.shape[0] // self.groups, -1)
-        return rows.reshape(weight.shape[0], weight.shape[1], *([1] * (weight.dim() - 2)))
+        return None if factor is None else spread(factor, weight, self.channel_axis, self.groups)
 
     @property
     def follows_batch_norm(self) -> bool:

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 from qat.encoding import Encoding
 from qat.errors import DataError, SchemeError, StateError
 from qat.quantizers import FLOAT, QUANTIZE, WeightFakeQuantize, set_phase
-from qat.quantizers.weight import GAMMA_FLOOR
+from qat.quantizers.folding import GAMMA_FLOOR
 from qat.scheme import Granularity, ObserverSpec, QuantizerSpec, Scheme
 
 PER_TENSOR = Scheme("int8", symmetric=True)
