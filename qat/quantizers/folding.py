@@ -11,6 +11,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 GAMMA_FLOOR = 2.0**-20
 
 
+@torch.library.custom_op("qat::snapshot", mutates_args=())
+def _snapshot(x: Tensor) -> Tensor:
+    """Return a copy that compiled code keeps for the backward pass.
+
+    The forward pass changes the running variance. What is computed from it, the compiler would compute once more in the
+    backward pass, from the changed variance (pytorch/pytorch#197039); it leaves custom operators as they are.
+    """
+    return x.clone()
+
+
+@_snapshot.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
 def folding_factor(bn: _BatchNorm) -> Tensor | None:
     """Return `gamma / sqrt(running_var + eps)`, float32 (channels,), without gradient; None without statistics.
 
@@ -18,7 +33,10 @@ def folding_factor(bn: _BatchNorm) -> Tensor | None:
     """
     if bn.running_var is None:
         return None
-    variance = bn.running_var.detach().to(torch.float32) + bn.eps
+    variance = bn.running_var.detach()
+    if torch.compiler.is_compiling():
+        variance = _snapshot(variance)
+    variance = variance.to(torch.float32) + bn.eps
     # torch's float32 root may be off by one bit, the float64 one rounded to float32 never is
     root = torch.sqrt(variance.to(torch.float64)).to(torch.float32)
     if bn.weight is None:
