@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STATUS = """
 import dataclasses, json, sys
 import qat.native
-early = "qat" in {name.split("::")[0] for name in __import__("torch")._C._dispatch_get_all_op_names()}
+early = "qat::_interface" in __import__("torch")._C._dispatch_get_all_op_names()
 status = qat.native.status()
 print(json.dumps([status.active, status.reason, status.isa, str(status), early]))
 """
