@@ -1,8 +1,8 @@
 """Post-training quantization of pretrained networks, method by method, on the same images.
 
     QAT_DATA=... python benchmarks/ptq_accuracy.py [--limit N] [--images N] [--bits w8a8 w4a8 w4a4] [--json FILE]
-                                                   [--observers NAME ...] [--weights NAME ...] [--best] [--peers]
-                                                   [NETWORK ...]
+                                                   [--observers NAME ...] [--weights NAME ...]
+                                                   [--recipes default best] [--peers] [NETWORK ...]
 
 QAT_DATA names a folder with `reference.py` (see `pretrained_accuracy.py`). Every network gets the same recipes:
 
@@ -131,6 +131,9 @@ def observed(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any], ob
     return qmodel
 
 
+RECIPES = {"default": default, "best": best}
+
+
 def torch_ao(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> Callable[[Tensor], Tensor] | None:
     """Quantize by torch.ao's FX mode with histograms; None for what it does not have."""
     from torch.ao import quantization as ao
@@ -238,9 +241,8 @@ def methods(
         yield observer, lambda o=observer: qat.convert(observed(model, batches, scheme, o))
     for observer in args.weights:
         yield f"weights {observer}", lambda o=observer: qat.convert(weighed(model, batches, scheme, o))
-    yield "default recipe", lambda: qat.convert(default(model, batches, scheme))
-    if args.best:
-        yield "best recipe", lambda: qat.convert(best(model, batches, scheme))
+    for name in args.recipes:
+        yield f"{name} recipe", lambda r=RECIPES[name]: qat.convert(r(model, batches, scheme))
     if args.peers:
         yield "torch.ao FX", lambda: torch_ao(model, batches, scheme)
         for method in ("MinMax", "Entropy", "Percentile"):
@@ -256,7 +258,7 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["w8a8"], choices=list(SCHEMES))
     parser.add_argument("--observers", nargs="*", default=["minmax", "histogram"])
     parser.add_argument("--weights", nargs="*", default=[], help="observers of weights")
-    parser.add_argument("--best", action="store_true", help="block reconstruction too")
+    parser.add_argument("--recipes", nargs="*", default=["default"], choices=list(RECIPES))
     parser.add_argument("--peers", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -111,6 +111,32 @@ struct TanhKernels {
   void (*gradient_run)(const float* grad, const float* x, float* dx, int64_t n, float ratio);
 };
 
+// What is remembered of the codes of a weight, element by element (qat/train/oscillation_step.py).
+struct OscillationState {
+  int16_t* codes;
+  int8_t* direction;
+  float* average;
+  float* frequency;
+  bool* frozen;
+  float* held;
+};
+
+// `freezes`: a frequency above the threshold freezes, but at the ends of the codes if `spares_ends`. `by_value`: what is
+// held is the weight and not its code.
+struct OscillationRule {
+  float momentum;
+  bool freezes;
+  float threshold;
+  bool spares_ends;
+  bool by_value;
+};
+
+// Takes in a run of a weight on one grid, and writes what is frozen: steps of `scale` for weight[i] * factor.
+struct OscillationKernels {
+  void (*run)(float* weight, const OscillationState& state, int64_t n, float factor, float scale, float zero_point,
+              Range range, const OscillationRule& rule);
+};
+
 struct Kernels {
   const char* isa;
   // The sum of x in an order that only n decides, and sum[i] += x[i].
@@ -124,6 +150,7 @@ struct Kernels {
   NormKernels norm;
   DropKernels drop;
   TanhKernels tanh;
+  OscillationKernels oscillation;
 };
 
 // One for each source file; null where the file was not compiled for this architecture.

@@ -3,6 +3,7 @@
 
 #include "drop_loops.h"
 #include "learned_loops.h"
+#include "oscillation_loops.h"
 
 namespace qat {
 namespace {
@@ -285,7 +286,8 @@ constexpr NormKernels norm_kernels() {
 template <class V>
 constexpr Kernels all_kernels(const char* isa) {
   return {isa, &sum_run, &sum_each, &clip_error, typed_kernels<V, float>(), typed_kernels<V, uint16_t>(),
-          norm_kernels<V>(), {&place_numbers, &keep_run<V>}, {&tanh_run<V>, &tanh_gradient_run<V>}};
+          norm_kernels<V>(), {&place_numbers, &keep_run<V>}, {&tanh_run<V>, &tanh_gradient_run<V>},
+          {&oscillation_run<V>}};
 }
 
 }  // namespace

@@ -13,7 +13,7 @@ namespace {
 using namespace qat::ops;
 
 // Raised with every change of an operator's schema or meaning; qat/native/loading.py names the one that it needs.
-constexpr int64_t interface_version = 9;
+constexpr int64_t interface_version = 10;
 
 // ---- instruction set
 

@@ -15,6 +15,7 @@ from qat.native.observers import (
     observe_range,
 )
 from qat.native.operators import fake_quantize
+from qat.native.oscillation import OscillationState, oscillation_step
 from qat.native.ranges import BatchNormFactor, GridRule, fake_quantize_track, fake_quantize_weight
 from qat.native.tanh import tanh_weight
 
@@ -25,6 +26,7 @@ __all__ = [
     "GridRule",
     "LearnedGrid",
     "Norm",
+    "OscillationState",
     "Statistics",
     "Status",
     "add_observe",
@@ -45,6 +47,7 @@ __all__ = [
     "observe_histogram",
     "observe_minmax",
     "observe_range",
+    "oscillation_step",
     "runs_on",
     "status",
     "tanh_weight",

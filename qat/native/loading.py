@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 #: The `interface_version` of csrc/torch/ops.cpp that the Python code of this package calls.
-_INTERFACE = 9
+_INTERFACE = 10
 
 _active = False
 _cuda = False
@@ -90,9 +90,20 @@ def load(path: Path) -> Status:
     # dlopen, the stable ABI and torch.library all have errors of their own
     except Exception as error:  # noqa: BLE001
         return Status(False, f"{path.name} does not load: {' '.join(str(error).split())[:200]}", path=path)
-    from qat.native import int8, learned, norm, norm_learned, norm_statistics, observers, operators, ranges, tanh
+    from qat.native import (
+        int8,
+        learned,
+        norm,
+        norm_learned,
+        norm_statistics,
+        observers,
+        operators,
+        oscillation,
+        ranges,
+        tanh,
+    )  # fmt: skip
 
-    for part in (operators, observers, ranges, norm, norm_learned, learned, norm_statistics, tanh, int8):
+    for part in (operators, observers, ranges, norm, norm_learned, learned, norm_statistics, tanh, oscillation, int8):
         part.register()
     cuda = hasattr(torch.ops.qat, "int8_gemm")
     _active, _cuda = True, cuda

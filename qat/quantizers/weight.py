@@ -146,15 +146,18 @@ class WeightFakeQuantize(Quantizer):
     @property
     def start(self) -> Start:
         """Where learning starts from, in the units of the parameters."""
-        held, unit = self.held, self._unit()
+        return self._start(self._unit())
+
+    def _start(self, unit: Tensor | None) -> Start:
+        held = self.held
         if unit is None:
             return held
         return Start(held.scale / unit, held.zero_point, held.low / unit, held.high / unit)
 
     def parameter_grid(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero point of the folded weight that the parameters make, float32, with their gradients."""
-        scale, zero_point = super().parameter_grid()
         unit = self._unit()
+        scale, zero_point = self.method.grid(self.learned_parameters(), self._start(unit))
         return scale if unit is None else scale * unit, zero_point
 
     def _grid(self, folded: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +193,7 @@ class WeightFakeQuantize(Quantizer):
     def _on_kept_grid(self, weight: Tensor) -> Tensor:
         if self._is_for_native(weight):
             grid = None if self.follows else (self.scale, self.zero_point)
-            return native.fake_quantize_weight(weight, self.rule, self._native_factor(), grid)
+            return native.fake_quantize_weight(weight, self.rule, self.native_factor(), grid)
         factor = self._spread_factor(weight)
         scale, zero_point = self._grid(_fold(weight, factor))
         return fake_quantize(weight, scale, zero_point, self.qmin, self.qmax, self.scheme.granularity, factor=factor)
@@ -206,7 +209,7 @@ class WeightFakeQuantize(Quantizer):
         scale, zero_point = self.parameter_grid()
         rate = self.method.gradient_factor(weight, scale.numel())
         qmin, qmax, axis, *_ = self.rule
-        norm = self._native_factor() if self._is_for_native(weight) else None
+        norm = self.native_factor() if self._is_for_native(weight) else None
         if norm is not None:
             return native.fake_quantize_weight_learned(weight, scale, zero_point, qmin, qmax, norm, axis, rate)
         folded = weight if factor is None else weight.to(torch.float32) * factor
@@ -223,7 +226,8 @@ class WeightFakeQuantize(Quantizer):
             tensors.append(self.scale)
         return all(t.dtype == torch.float32 and t.device == weight.device for t in tensors)
 
-    def _native_factor(self) -> native.BatchNormFactor | None:
+    def native_factor(self) -> native.BatchNormFactor | None:
+        """Return what `factor` is made of, for native operators."""
         if not self._bn or self._bn[0].running_var is None:
             return None
         bn = self._bn[0]
@@ -232,6 +236,18 @@ class WeightFakeQuantize(Quantizer):
         )
 
     # -- rounding that an algorithm chooses
+
+    @torch.no_grad()
+    def folded_grid(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point of `w * f`, in a shape that fits the scheme.
+
+        Args:
+            weight: The float weight, `module.parametrizations.weight.original`.
+
+        Raises:
+            StateError: An observer's range was never set; the weight is named.
+        """
+        return self._grid(self._folded(weight)) if self.follows else self.grid()
 
     @torch.no_grad()
     def steps(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,17 +18,16 @@ from torch import Tensor, nn
 
 from qat.errors import CheckpointError, StateError
 from qat.graph.prepared import PreparedModel
+from qat.native import OscillationState
 from qat.quantizers import WeightFakeQuantize
 from qat.train.hooks import Hook
 from qat.train.oscillation_settings import OscillationSettings
+from qat.train.oscillation_step import OscillationRule, first_state, start, take_in
 
 #: a weight oscillates where its frequency is above this (the paper's bound)
 OSCILLATING = 0.005
 #: by default, weights of fewer bits are tracked
 _BITS = 8
-#: elements
-_IN_CACHE = 1 << 15
-_STATE = ("codes", "direction", "average", "frequency", "frozen", "held")
 
 
 class OscillationTracker(Hook):
@@ -98,7 +97,7 @@ class OscillationTracker(Hook):
         self.weights = _chosen(prepared_model(model), weights)
         #: number of steps that were seen
         self.step = 0
-        self._state: dict[str, dict[str, Tensor]] = {}
+        self._state: dict[str, OscillationState] = {}
 
     @classmethod
     def for_model(
@@ -156,8 +155,10 @@ class OscillationTracker(Hook):
     @torch.no_grad()
     def step_end(self, model: nn.Module) -> None:
         """Take in the codes after a step, and freeze weights; nothing where they are not fake-quantized."""
+        rule = OscillationRule(self.settings.momentum, self.threshold)
         for key, quantizer, weight in self._quantized(model):
-            self._take_in(key, quantizer, weight)
+            state = self._state.get(key)
+            self._state[key] = start(quantizer, weight) if state is None else take_in(quantizer, weight, state, rule)
         self.step += 1
 
     def _quantized(self, model: nn.Module) -> list[tuple[str, WeightFakeQuantize, Tensor]]:
@@ -167,90 +168,27 @@ class OscillationTracker(Hook):
             if key in self.weights and quantizer.quantizing
         ]
 
-    def _take_in(self, key: str, quantizer: WeightFakeQuantize, weight: Tensor) -> None:
-        state = self._state.get(key)
-        own_grid = quantizer.follows or quantizer.method.transforms
-        if state is not None and own_grid:
-            # what is held must have no part in the grid
-            weight.masked_fill_(state["frozen"], 0.0)
-        by_value = _by_value(quantizer)
-        if state is not None and by_value:
-            weight.copy_(torch.where(state["frozen"], state["held"].to(weight.dtype), weight))
-        steps, step, zero_point = quantizer.steps(weight)
-        if state is None:
-            codes = torch.clamp(torch.round(steps) + zero_point, quantizer.qmin, quantizer.qmax)
-            self._state[key] = _first(codes)
-            return
-        # what transforms a weight knows it as a whole
-        rows = weight.shape[0] if quantizer.method.transforms else _rows_in_cache(weight)
-        parts = [torch.split(value, rows) for value in (weight, steps, step, zero_point)]
-        states = {name: torch.split(value, rows) for name, value in state.items()}
-        for index, part in enumerate(zip(*parts, strict=True)):
-            own = {name: value[index] for name, value in states.items()}
-            self._take_in_rows(quantizer, own_grid, by_value, own, *part)
-
-    def _take_in_rows(
-        self,
-        quantizer: WeightFakeQuantize,
-        own_grid: bool,
-        by_value: bool,
-        state: Mapping[str, Tensor],
-        weight: Tensor,
-        steps: Tensor,
-        step: Tensor,
-        zero_point: Tensor,
-    ) -> None:
-        codes = steps.round_().add_(zero_point).clamp_(quantizer.qmin, quantizer.qmax)
-        # as float32 at once: operations on two types take several times as long
-        direction, held = state["direction"].to(codes.dtype), state["held"]
-        if not by_value:
-            codes = torch.where(state["frozen"], held, codes)
-        change = torch.sign(codes - state["codes"].to(codes.dtype))
-        oscillates = change * direction < 0
-        momentum = self.settings.momentum
-        state["frequency"].lerp_(oscillates.to(torch.float32), momentum)
-        state["average"].lerp_(codes, momentum)
-        direction = torch.where(change != 0, change, direction)
-        state["direction"].copy_(direction)
-        state["codes"].copy_(codes)
-        threshold = self.threshold
-        if threshold is None:
-            return
-        restless = (state["frequency"] > threshold) & ~state["frozen"]
-        if own_grid:
-            restless &= (codes > quantizer.qmin) & (codes < quantizer.qmax)
-        # the average lags behind a weight that has come far: it decides between the two codes of the oscillation
-        before = codes - direction
-        settled = torch.round(state["average"]).clamp(torch.minimum(codes, before), torch.maximum(codes, before))
-        frozen = state["frozen"]
-        frozen |= restless
-        held = torch.where(restless, (settled - zero_point) * step if by_value else settled, held)
-        state["held"].copy_(held)
-        state["codes"].copy_(torch.where(restless if by_value else frozen, settled if by_value else held, codes))
-        values = held if by_value else quantizer.method.untransform((held - zero_point) * step, weight)
-        weight.copy_(torch.where(frozen, values.to(weight.dtype), weight))
-
     # -- what was seen
 
     def rates(self) -> dict[str, float]:
         """Return the share of each weight's elements that oscillate (a frequency above 0.005), by key."""
-        return {key: _share(state["frequency"] > OSCILLATING) for key, state in self._state.items()}
+        return {key: _share(state.frequency > OSCILLATING) for key, state in self._state.items()}
 
     def metrics(self) -> Mapping[str, float]:
         """Return the shares of tracked elements that oscillate, and that are frozen; empty before the first step."""
         if not self._state:
             return {}
         states = self._state.values()
-        shares = {"oscillating": torch.cat([(s["frequency"] > OSCILLATING).flatten() for s in states])}
+        shares = {"oscillating": torch.cat([(s.frequency > OSCILLATING).flatten() for s in states])}
         if self.settings.freeze is not None:
-            shares["frozen"] = torch.cat([s["frozen"].flatten() for s in states])
+            shares["frozen"] = torch.cat([s.frozen.flatten() for s in states])
         return {name: _share(flags) for name, flags in shares.items()}
 
     def state_dict(self) -> Mapping[str, Tensor]:
         """Return the counter of steps, and the codes, averages and frozen elements of every weight."""
         tensors = {"step": torch.tensor(self.step, dtype=torch.int64)}
         for key, state in self._state.items():
-            tensors |= {f"{key}.{name}": value.detach().clone() for name, value in state.items()}
+            tensors |= {f"{key}.{name}": value.detach().clone() for name, value in state._asdict().items()}
         return tensors
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
@@ -260,41 +198,21 @@ class OscillationTracker(Hook):
             CheckpointError: A tensor is missing, unknown or of another shape or dtype; it is named.
         """
         left = dict(tensors)
-        found: dict[str, dict[str, Tensor]] = {}
+        found: dict[str, OscillationState] = {}
         step = _taken(left, "step", torch.Size(), torch.int64)
         for key, shape in self.weights.items():
             if f"{key}.codes" not in left:
                 continue
-            like = _first(torch.zeros(shape))
-            found[key] = {name: _taken(left, f"{key}.{name}", shape, like[name].dtype) for name in _STATE}
+            like = first_state(torch.zeros(shape))._asdict()
+            found[key] = OscillationState(
+                *(_taken(left, f"{key}.{name}", shape, value.dtype) for name, value in like.items())
+            )
         if left:
             raise CheckpointError(
                 f"the oscillation state has the unknown entry {next(iter(left))!r}", "give the state of this model"
             )
-        self.step, self._state = int(step), {k: {n: t.clone() for n, t in s.items()} for k, s in found.items()}
-
-
-def _rows_in_cache(weight: Tensor) -> int:
-    """Return how many rows of a weight are worked on at a time: on a CPU so few that all passes stay in its cache."""
-    return max(1, _IN_CACHE * weight.shape[0] // weight.numel()) if weight.device.type == "cpu" else weight.shape[0]
-
-
-def _first(codes: Tensor) -> dict[str, Tensor]:
-    """Return the state of a weight before any step."""
-    return {
-        "codes": codes.to(torch.int16),
-        "direction": torch.zeros_like(codes, dtype=torch.int8),
-        "average": codes.to(torch.float32),
-        "frequency": torch.zeros_like(codes, dtype=torch.float32),
-        "frozen": torch.zeros_like(codes, dtype=torch.bool),
-        "held": torch.zeros_like(codes, dtype=torch.float32),
-    }
-
-
-def _by_value(quantizer: WeightFakeQuantize) -> bool:
-    """Whether what is frozen is the value of a weight and not its code."""
-    tied = quantizer.follows_batch_norm or quantizer.follows or quantizer.method.transforms
-    return quantizer.batch_norm is not None and not tied
+        self.step = int(step)
+        self._state = {key: OscillationState(*(t.clone() for t in state)) for key, state in found.items()}
 
 
 def _distance(quantizer: WeightFakeQuantize, weight: Tensor) -> Tensor:

@@ -175,6 +175,38 @@ void run_elements(const Kernels& kernels, int number) {
   hash.print("elements", number);
 }
 
+void run_oscillation(const Kernels& kernels, int number) {
+  Random random(static_cast<uint64_t>(number) + 7000000);
+  const auto n = static_cast<size_t>(random.in(1, 600));
+  const auto count = static_cast<int64_t>(n);
+  std::vector<float> weight(n), average(n), frequency(n), held(n);
+  std::vector<int16_t> codes(n);
+  std::vector<int8_t> direction(n);
+  // vector<bool> has no elements in memory
+  std::vector<uint8_t> frozen(n);
+  for (size_t i = 0; i < n; ++i) {
+    weight[i] = random.real(-70000, 70000, 0.0002f);
+    average[i] = random.real(-8000, 7000, 0.001f);
+    frequency[i] = random.real(0, 1000, 0.001f);
+    held[i] = random.real(-8, 7, 1.0f);
+    codes[i] = static_cast<int16_t>(random.in(0, 15) - 8);
+    direction[i] = static_cast<int8_t>(random.in(0, 2) - 1);
+    frozen[i] = random.once(5);
+  }
+  const OscillationState state{codes.data(),     direction.data(),
+                               average.data(),   frequency.data(),
+                               reinterpret_cast<bool*>(frozen.data()), held.data()};
+  Hash hash;
+  for (const int options : {0, 1, 2, 3, 4, 5, 6, 7}) {
+    const OscillationRule rule{0.1f, (options & 1) != 0, 0.4f, (options & 2) != 0, (options & 4) != 0};
+    kernels.oscillation.run(weight.data(), state, count, 0.7f, 1.3f, 2.0f, {-8.0f, 7.0f}, rule);
+    for (float& w : weight) w = w * 0.9f + 0.3f;
+    hash.add(weight), hash.add(average), hash.add(frequency), hash.add(held), hash.add(codes), hash.add(direction);
+    hash.add(frozen);
+  }
+  hash.print("oscillation", number);
+}
+
 }  // namespace
 
 void run_training(const char* isa, int count) {
@@ -185,6 +217,7 @@ void run_training(const char* isa, int count) {
     run_sums(kernels, i);
     run_norm(kernels.norm, i);
     run_elements(kernels, i);
+    run_oscillation(kernels, i);
   }
 }
 

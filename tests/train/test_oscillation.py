@@ -183,7 +183,7 @@ def test_frozen_codes_stay_through_training(name: str) -> None:
 def test_parts_of_a_weight_are_taken_in_as_the_whole_is(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for elements in (1 << 15, 7):
-        monkeypatch.setattr("qat.train.oscillation._IN_CACHE", elements)
+        monkeypatch.setattr("qat.train.oscillation_step._IN_CACHE", elements)
         qmodel = net(SCHEMES[name])
         tracker = OscillationTracker(qmodel, momentum=0.3, freeze=0.1)
         train(qmodel, tracker, 6, lr=0.5)
