@@ -93,7 +93,13 @@ def equalize(
         axes = _axes(qmodel, groups)
         with in_float(qmodel):
             statistics = channel_statistics(
-                qmodel, batches, axes, samples=samples, progress=progress, description="equalize"
+                qmodel,
+                batches,
+                axes,
+                samples=samples,
+                progress=progress,
+                description="equalize",
+                sensitivity=method == "noise",
             )
         if method == "activations":
             factors = _activation_factors(qmodel, groups, statistics, strength)
@@ -215,13 +221,19 @@ def noisy_tensors(
         found.append(
             NoisyTensor(
                 torch.cat([_groups_of(groups, name, len(statistics[name].low)) for name in known]),
-                torch.cat([statistics[name].low for name in known]),
-                torch.cat([statistics[name].high for name in known]),
+                torch.cat([_typical(statistics[name].low, statistics[name].least) for name in known]),
+                torch.cat([_typical(statistics[name].high, statistics[name].most) for name in known]),
                 scheme.symmetric,
                 qmax - qmin,
+                torch.cat([statistics[name].sensitivity for name in known]),
             )
         )
     return found
+
+
+def _typical(mean: Tensor, extreme: Tensor) -> Tensor:
+    """Return the end of a range as an observer may choose it: between that of a usual sample and that of all."""
+    return (mean + extreme) / 2
 
 
 def _groups_of(groups: ChannelGroups, name: str, count: int) -> Tensor:
@@ -261,12 +273,11 @@ def noisy_layers(
         layers.append(
             NoisyLayer(
                 largest=taps.abs().amax(2),
-                energy=taps.square().sum(2),
                 taps=taps.shape[2],
                 groups_in=zeros if ids_in is None else groups.groups[ids_in][inputs],
                 groups_out=zeros if ids_out is None else groups.groups[ids_out][outputs],
                 power=power,
-                signal=float((output.square - output.mean**2).sum()) if output is not None else 1.0,
+                sensitivity=output.sensitivity[outputs] if output is not None else torch.zeros_like(taps[..., 0]),
                 grids=_grids(quantizer, inputs.shape),
                 levels=0 if quantizer is None else _levels(quantizer.scheme),
             )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
+from qat.algorithms.output_error import project_back
 from qat.errors import DataError
 from qat.graph.batches import first_samples, model_inputs, sample_count
 from qat.graph.prepared import PreparedModel
@@ -27,6 +29,10 @@ class ChannelStatistics:
         square: Mean of the squares of the values.
         least: Smallest value of all.
         most: Largest value of all.
+        sensitivity: Mean over the samples of the sum of squares, over the places of the channel, of the derivatives of
+            the outputs times random signs: by how much independent noise of variance 1 in the channel changes the
+            outputs, squared, to first order (`qat.algorithms.output_error`). Zeros where it was not asked for, or where
+            the outputs do not depend on the tensor.
     """
 
     low: Tensor
@@ -35,6 +41,7 @@ class ChannelStatistics:
     square: Tensor
     least: Tensor
     most: Tensor
+    sensitivity: Tensor
 
 
 class _Sums:
@@ -43,6 +50,7 @@ class _Sums:
         self.least = torch.full((channels,), torch.inf, dtype=torch.float64)
         self.most = torch.full((channels,), -torch.inf, dtype=torch.float64)
         self.samples = 0
+        self.slopes = torch.zeros(channels, dtype=torch.float64)
 
     def add(self, x: Tensor, axis: int) -> None:
         rows = x.detach().movedim(axis, 1).flatten(2) if x.dim() > 2 else x.detach()[:, :, None]
@@ -54,9 +62,14 @@ class _Sums:
         self.most = torch.maximum(self.most, high.amax(0))
         self.samples += x.shape[0]
 
+    def add_gradient(self, gradient: Tensor, axis: int) -> None:
+        rows = gradient.detach().movedim(axis, 1).flatten(2) if gradient.dim() > 2 else gradient.detach()[:, :, None]
+        self.slopes += rows.to(torch.float32).square().sum(2).double().cpu().sum(0)
+
     def result(self) -> ChannelStatistics:
-        low, high, mean, square = self.sums / max(self.samples, 1)
-        return ChannelStatistics(low, high, mean, square, self.least, self.most)
+        count = max(self.samples, 1)
+        low, high, mean, square = self.sums / count
+        return ChannelStatistics(low, high, mean, square, self.least, self.most, self.slopes / count)
 
 
 class _Watcher(fx.Interpreter):
@@ -72,8 +85,27 @@ class _Watcher(fx.Interpreter):
         name = self.names.get(n)
         if name is not None and name in self.axes and isinstance(value, Tensor) and value.numel():
             axis = self.axes[name]
-            self.sums.setdefault(name, _Sums(value.shape[axis])).add(value, axis)
+            sums = self.sums.setdefault(name, _Sums(value.shape[axis]))
+            sums.add(value, axis)
+            if torch.is_grad_enabled() and value.is_floating_point():
+                # the first tensors of a model depend on nothing that has a gradient; operators in place may change the
+                # copy
+                value = value if value.requires_grad else value.detach().requires_grad_()
+                value.register_hook(lambda gradient: sums.add_gradient(gradient, axis))  # type: ignore[no-untyped-call]
+                value = value.clone()
         return value
+
+
+@contextmanager
+def _without_parameters(qmodel: PreparedModel) -> Iterator[None]:
+    parameters = [p for p in qmodel.parameters() if p.requires_grad]
+    try:
+        for p in parameters:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
 
 
 def channel_statistics(
@@ -84,6 +116,7 @@ def channel_statistics(
     samples: int | None = None,
     progress: bool | None = None,
     description: str = "statistics",
+    sensitivity: bool = False,
 ) -> dict[str, ChannelStatistics]:
     """Observe channels of tensors in one pass over the data, in the model's present phase and mode.
 
@@ -94,6 +127,7 @@ def channel_statistics(
         samples: Stop after this many samples; None for all.
         progress: Show a progress bar; None for only on a terminal.
         description: What the bar says.
+        sensitivity: Go back through the model too, for the sensitivities; its parameters get no gradients.
 
     Raises:
         DataError: No batch, or one that does not fit.
@@ -101,12 +135,14 @@ def channel_statistics(
     watcher = _Watcher(qmodel, axes)
     seen = 0
     hidden = None if progress is None else not progress
-    with torch.no_grad():
+    with _without_parameters(qmodel), torch.set_grad_enabled(sensitivity):
         for batch in tqdm(batches, desc=description, unit="batch", leave=False, disable=hidden):
             inputs = model_inputs(qmodel, batch)
             if samples is not None:
                 inputs = first_samples(qmodel, inputs, samples - seen)
-            watcher.run(*inputs)
+            outputs = watcher.run(*(x.detach().clone() for x in inputs))
+            if sensitivity:
+                project_back(outputs, inputs)
             seen += sample_count(qmodel, inputs)
             if samples is not None and seen >= samples:
                 break

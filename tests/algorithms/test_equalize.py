@@ -16,8 +16,9 @@ from torch import Tensor, nn
 import qat
 from qat.algorithms.bias import clamped_normal_mean
 from qat.algorithms.channels import channel_groups
-from qat.algorithms.noise import NoisyLayer, NoisyTensor, least_noise_factors, noise, reading_gains
-from qat.algorithms.rewrite import scale_channels
+from qat.algorithms.noise import NoisyLayer, NoisyTensor, least_noise_factors, noise
+from qat.algorithms.rewrite import in_float, scale_channels
+from qat.algorithms.statistics import channel_statistics
 from qat.errors import DataError, QuantizationWarning, StateError
 from qat.graph.prepared import PreparedModel
 
@@ -133,7 +134,12 @@ def test_equalization_undoes_factors_that_make_a_model_worse(method: Any) -> Non
 
 
 def test_noise_expects_less_after_than_before() -> None:
-    done = qat.equalize(prepare(network()), [IMAGES], progress=False)
+    qmodel = prepare(network())
+    groups = channel_groups(qmodel)
+    factors = torch.exp(torch.randn(groups.count, generator=torch.Generator().manual_seed(5))).double()
+    factors[0] = 1.0
+    scale_channels(qmodel, groups, factors)
+    done = qat.equalize(qmodel, [IMAGES], progress=False)
     assert done.noise_before is not None
     assert done.noise_after is not None
     assert 0.0 < done.noise_after < 0.8 * done.noise_before
@@ -144,12 +150,14 @@ def test_the_expected_noise_is_that_of_uniform_errors() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.tensor([[1.0, -3.0], [0.5, 2.0]], dtype=torch.float64)
     x = torch.rand(200_000, 2, generator=generator, dtype=torch.float64) * torch.tensor([4.0, 1.0])
-    y = x @ weight.T
-    tensor = NoisyTensor(torch.tensor([1, 2]), x.amin(0), x.amax(0), symmetric=False, levels=15)
+    # the outputs are those of the layer
+    tensor = NoisyTensor(
+        torch.tensor([1, 2]), x.amin(0), x.amax(0), symmetric=False, levels=15, sensitivity=weight.square().sum(0)
+    )
     grids = torch.tensor([[0, 0], [1, 1]])
     layer = NoisyLayer(
-        weight.abs(), weight.square(), 1, torch.tensor([[1, 2], [1, 2]]), torch.zeros(2, 2, dtype=torch.int64),
-        x.square().mean(0).expand(2, 2), float(y.var(0, correction=0).sum()), grids, levels=7,
+        weight.abs(), 1, torch.tensor([[1, 2], [1, 2]]), torch.zeros(2, 2, dtype=torch.int64),
+        x.square().mean(0).expand(2, 2), torch.ones(2, 2, dtype=torch.float64), grids, levels=7,
     )  # fmt: skip
     step = float(x.max()) / 15
     drawn = (torch.rand(x.shape, generator=generator, dtype=torch.float64) - 0.5) * step
@@ -157,13 +165,53 @@ def test_the_expected_noise_is_that_of_uniform_errors() -> None:
     errors = (torch.rand(2000, 2, 2, generator=generator, dtype=torch.float64) - 0.5) * steps
     power = float((drawn @ weight.T).square().sum(1).mean())
     power += float(torch.einsum("noc,mc->nmo", errors, x[:500]).square().sum(2).mean())
-    found = noise(torch.zeros(3, dtype=torch.float64), [tensor], [layer], reading_gains([layer], 3))
-    assert float(found) == pytest.approx(power / layer.signal, rel=0.05)
+    found = noise(torch.zeros(3, dtype=torch.float64), [tensor], [layer])
+    assert float(found) == pytest.approx(power, rel=0.05)
     factors, before, after = least_noise_factors([tensor], [layer], 3)
     assert before == pytest.approx(float(found))
     assert after < before
     # only the ratio of the two matters
     assert float(factors[1] / factors[2]) > 1.0
+
+
+def test_sensitivities_are_those_of_drawn_noise() -> None:
+    """Noise of a small variance in one channel: what it does to the outputs, squared."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(5, 2, 3)).double().eval()
+    x = torch.randn(48, 3, 6, 6, dtype=torch.float64)
+    qmodel = qat.prepare(copy.deepcopy(net).float(), x[:2].float(), target=TARGET)
+    with in_float(qmodel):
+        found = channel_statistics(qmodel, [x.float()], {"input": 1, "0": 1}, sensitivity=True, progress=False)
+        plain = channel_statistics(qmodel, [x.float()], {"0": 1}, progress=False)
+    assert torch.equal(plain["0"].sensitivity, torch.zeros(5, dtype=torch.float64))
+    assert all(p.requires_grad for p in net.parameters())
+    with torch.no_grad():
+        wanted, middle = net(x), net[0](x)
+        for name, value, rest in (("input", x, net), ("0", middle, net[1:])):
+            for channel in range(value.shape[1]):
+                changes = []
+                for seed in range(20):
+                    noise = torch.zeros_like(value)
+                    generator = torch.Generator().manual_seed(seed)
+                    noise[:, channel] = 1e-4 * torch.randn(value[:, channel].shape, generator=generator)
+                    changes.append(float((rest(value + noise) - wanted).square().flatten(1).sum(1).mean()))
+                expected = sum(changes) / len(changes) / 1e-8
+                assert float(found[name].sensitivity[channel]) == pytest.approx(expected, rel=0.15)
+
+
+def test_what_the_outputs_hang_on_gets_the_codes() -> None:
+    """Of two channels that share a grid, the small one decides: without its factor its codes would be few."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.ReLU(), nn.Conv2d(2, 2, 1, groups=2), nn.ReLU(), nn.Conv2d(2, 4, 1))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.tensor([[8.0, 8, 8], [0.1, 0.1, 0.1]])[:, :, None, None])
+        net[2].weight.copy_(torch.tensor([[[[0.001]]], [[[20.0]]]]))
+    qmodel = qat.prepare(net.eval(), IMAGES[:2], target=TARGET)
+    before = qmodel.float_state_dict()["0.weight"].flatten(1).abs().amax(1).clone()
+    qat.equalize(qmodel, [IMAGES], progress=False)
+    after = qmodel.float_state_dict()["0.weight"].flatten(1).abs().amax(1)
+    assert float(before[0] / before[1]) == pytest.approx(80.0)
+    assert float(after[0] / after[1]) < 2.0
 
 
 def test_what_changes_the_function_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:

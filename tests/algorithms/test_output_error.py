@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qat
 from qat import numerics
-from qat.algorithms.output_error import _signs, visit_gradients
+from qat.algorithms.output_error import random_signs, score_signs, visit_gradients
 from qat.graph.prepared import PreparedModel
 from qat.observers import AutoObserver
 
@@ -58,9 +58,10 @@ def test_the_gradient_is_that_of_the_signed_outputs() -> None:
     )
     torch.manual_seed(0)
     net = Net().eval()
-    signs = _signs((x,), torch.Size((7, 4)))
+    signs = random_signs((x,), torch.Size((7, 4)))
     y = net.conv(x).detach().requires_grad_()
-    (net.head(F.relu(net.side(y) + y).mean((2, 3))) * signs).sum().backward()
+    scores = net.head(F.relu(net.side(y) + y).mean((2, 3)))
+    (scores * score_signs(signs, scores.detach())).sum().backward()
     assert y.grad is not None
     ((value, gradient),) = seen["conv"]
     torch.testing.assert_close(value, y.detach())
@@ -72,13 +73,24 @@ def test_the_gradient_is_that_of_the_signed_outputs() -> None:
 
 def test_signs_depend_on_the_sample_alone_and_are_balanced() -> None:
     x = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0))
-    signs = _signs((x,), torch.Size((4000, 6)))
+    signs = random_signs((x,), torch.Size((4000, 6)))
     assert set(signs.flatten().tolist()) == {-1.0, 1.0}
-    assert torch.equal(_signs((x[17:40],), torch.Size((23, 6))), signs[17:40])
+    assert torch.equal(random_signs((x[17:40],), torch.Size((23, 6))), signs[17:40])
     assert signs.mean(0).abs().max() < 0.08
     # places and samples are independent of each other
     assert (signs.T @ signs / 4000 - torch.eye(6)).abs().max() < 0.08
     assert (signs[1:] * signs[:-1]).mean().abs() < 0.05
+
+
+def test_of_scores_the_likely_classes_count_and_a_shift_does_not() -> None:
+    scores = torch.tensor([[4.0, 1.0, -2.0]]).expand(20_000, 3)
+    signs = random_signs((torch.randn(20_000, 4, generator=torch.Generator().manual_seed(0)),), scores.shape)
+    projection = score_signs(signs, scores)
+    torch.testing.assert_close(projection.sum(1), torch.zeros(20_000), rtol=0, atol=1e-6)
+    share = (scores[0].softmax(0) + 1 / 3) / 2
+    for change in torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, -1.0], [0.3, 0.3, 0.3], [-1.0, 2.0, 0.5]]):
+        variance = float((share * change.square()).sum() - (share * change).sum() ** 2)
+        assert float((projection @ change).square().mean()) == pytest.approx(variance, rel=0.05, abs=1e-7)
 
 
 def test_the_mean_square_is_that_of_the_jacobian() -> None:
@@ -86,7 +98,7 @@ def test_the_mean_square_is_that_of_the_jacobian() -> None:
     weight = torch.randn(4, 9, generator=torch.Generator().manual_seed(2))
     x = torch.randn(5000, 9, generator=torch.Generator().manual_seed(3))
     change = torch.randn(5000, 9, generator=torch.Generator().manual_seed(4))
-    estimate = (_signs((x,), torch.Size((5000, 4))) @ weight * change).sum(1).square().mean()
+    estimate = (random_signs((x,), torch.Size((5000, 4))) @ weight * change).sum(1).square().mean()
     assert estimate == pytest.approx(float((change @ weight.T).square().sum(1).mean()), rel=0.05)
 
 
