@@ -8,8 +8,7 @@ QAT_DATA names a folder with `reference.py` (see `pretrained_accuracy.py`). Ever
 
     observer    calibration with one observer of activations
     weights     calibration with one observer of weights, and the default one of activations
-    default     equalize, calibrate, correct_bias                      (8-bit weights)
-                equalize, calibrate, correct_bias, gptq, correct_bias  (4-bit weights)
+    default     equalize, calibrate with the observer `auto`, correct_bias; for 4-bit weights then gptq, correct_bias
     best        the same with reconstruct in the place of gptq: minutes in the place of seconds
 
 Beside each: its time, conversion included, in passes of the float model over the calibration images, and the peak of
@@ -86,8 +85,8 @@ def ends(model: nn.Module, example: Tensor) -> dict[str, Any]:
 
 
 def corrected(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> tuple[PreparedModel, nn.Module]:
-    """Equalize, calibrate and correct biases; return the float model that was equalized too."""
-    qmodel = prepare(model, batches[0], scheme, None)
+    """Equalize, calibrate with `auto` and correct biases; return the float model that was equalized too."""
+    qmodel = prepare(model, batches[0], scheme, "auto")
     qat.equalize(qmodel, batches, progress=False)
     reference = copy.deepcopy(model)
     reference.load_state_dict(qmodel.float_state_dict())
