@@ -8,7 +8,8 @@ QAT_DATA names a folder with `reference.py` (see `pretrained_accuracy.py`). Ever
 
     observer    calibration with one observer of activations
     weights     calibration with one observer of weights, and the default one of activations
-    default     equalize, calibrate with the observer `auto`, correct_bias; for 4-bit weights then gptq, correct_bias
+    default     equalize, calibrate with the observer `auto`, correct_bias               (8-bit weights)
+                equalize, calibrate with the default one, correct_bias, gptq, correct_bias  (4-bit weights)
     best        the same with reconstruct in the place of gptq: minutes in the place of seconds
 
 Beside each: its time, conversion included, in passes of the float model over the calibration images, and the peak of
@@ -84,9 +85,14 @@ def ends(model: nn.Module, example: Tensor) -> dict[str, Any]:
     }
 
 
+def has_four_bits(scheme: dict[str, Any]) -> bool:
+    """Tell whether the weights have 4 bits."""
+    return bool(scheme.get("weights", {}).get("dtype") == "int4")
+
+
 def corrected(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> tuple[PreparedModel, nn.Module]:
-    """Equalize, calibrate with `auto` and correct biases; return the float model that was equalized too."""
-    qmodel = prepare(model, batches[0], scheme, "auto")
+    """Equalize, calibrate and correct biases; return the float model that was equalized too."""
+    qmodel = prepare(model, batches[0], scheme, None if has_four_bits(scheme) else "auto")
     qat.equalize(qmodel, batches, progress=False)
     reference = copy.deepcopy(model)
     reference.load_state_dict(qmodel.float_state_dict())
@@ -98,7 +104,7 @@ def corrected(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -
 def default(model: nn.Module, batches: list[Tensor], scheme: dict[str, Any]) -> PreparedModel:
     """Quantize by the default recipe."""
     qmodel, reference = corrected(model, batches, scheme)
-    if "weights" in scheme and scheme["weights"].get("dtype") == "int4":
+    if has_four_bits(scheme):
         qat.gptq(qmodel, batches, float_model=reference, progress=False)
         qat.correct_bias(qmodel, batches, float_model=reference, progress=False)
     return qmodel
