@@ -200,6 +200,8 @@ void run_oscillation(const Kernels& kernels, int number) {
   for (const int options : {0, 1, 2, 3, 4, 5, 6, 7}) {
     const OscillationRule rule{0.1f, (options & 1) != 0, 0.4f, (options & 2) != 0, (options & 4) != 0};
     kernels.oscillation.run(weight.data(), state, count, 0.7f, 1.3f, 2.0f, {-8.0f, 7.0f}, rule);
+    // a zero may have either sign
+    for (size_t i = 0; i < n; ++i) held[i] += 0.0f, average[i] += 0.0f;
     for (float& w : weight) w = w * 0.9f + 0.3f;
     hash.add(weight), hash.add(average), hash.add(frequency), hash.add(held), hash.add(codes), hash.add(direction);
     hash.add(frozen);

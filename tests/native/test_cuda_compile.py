@@ -17,7 +17,14 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu"))
 #: Single layers for tests, and the search of clip ranges; the products of the GPU.
-CPU_ONLY = ["qat::_int8_conv", "qat::_int8_matmul", "qat::add_observe", "qat::clip_ranges", "qat::norm_observe"]
+CPU_ONLY = [
+    "qat::_int8_conv",
+    "qat::_int8_matmul",
+    "qat::add_observe",
+    "qat::clip_ranges",
+    "qat::norm_observe",
+    "qat::oscillation_step",
+]
 CUDA_ONLY = ["qat::int8_conv2d", "qat::int8_gemm"]
 
 
