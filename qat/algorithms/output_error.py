@@ -7,7 +7,8 @@ estimated by random signs (Hutchinson 1989).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,8 +32,8 @@ def visit_gradients(
 
     With J the Jacobian of a sample's outputs by a tensor, and r a vector of random signs, the gradient is `r J`. For
     a small change d of the tensor `(r J d)^2` is in the mean `|J d|^2`, the squared change of the outputs, whatever
-    the layers in between. The signs are drawn from the bits of the sample, so that it does not matter in which batch,
-    or on which process, it comes.
+    the layers in between; for scores see `score_signs`. The signs are drawn from the bits of the sample, so that it
+    does not matter in which batch, or on which process, it comes.
 
     Args:
         qmodel: The model, in the phase `float` and in evaluation mode. Its parameters get no gradients.
@@ -41,19 +42,27 @@ def visit_gradients(
         visit: What to call for each of `quantizers`, by name, with its input and the gradient, both (N, ...) float. A
             tensor that the outputs do not depend on is not shown.
     """
-    parameters = [p for p in qmodel.parameters() if p.requires_grad]
     handles = [q.register_forward_pre_hook(_watch(visit[name])) for name, q in quantizers.items()]
+    try:
+        with without_parameters(qmodel), torch.enable_grad():
+            for inputs in batches:
+                project_back(qmodel(*(x.detach().clone() for x in inputs)), inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def without_parameters(qmodel: PreparedModel) -> Iterator[None]:
+    """Let a model's parameters get no gradients meanwhile."""
+    parameters = [p for p in qmodel.parameters() if p.requires_grad]
     try:
         for p in parameters:
             p.requires_grad_(False)
-        for inputs in batches:
-            with torch.enable_grad():
-                project_back(qmodel(*(x.detach().clone() for x in inputs)), inputs)
+        yield
     finally:
         for p in parameters:
             p.requires_grad_(True)
-        for handle in handles:
-            handle.remove()
 
 
 def project_back(outputs: Any, inputs: tuple[Tensor, ...]) -> None:

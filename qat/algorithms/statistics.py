@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from tqdm import tqdm
 
-from qat.algorithms.output_error import project_back
+from qat.algorithms.output_error import project_back, without_parameters
 from qat.errors import DataError
 from qat.graph.batches import first_samples, model_inputs, sample_count
 from qat.graph.prepared import PreparedModel
@@ -25,7 +24,6 @@ class ChannelStatistics:
     Attributes:
         low: Mean over the samples of each sample's smallest value.
         high: Mean over the samples of each sample's largest value.
-        mean: Mean of the values.
         square: Mean of the squares of the values.
         least: Smallest value of all.
         most: Largest value of all.
@@ -37,7 +35,6 @@ class ChannelStatistics:
 
     low: Tensor
     high: Tensor
-    mean: Tensor
     square: Tensor
     least: Tensor
     most: Tensor
@@ -46,7 +43,7 @@ class ChannelStatistics:
 
 class _Sums:
     def __init__(self, channels: int) -> None:
-        self.sums = torch.zeros(4, channels, dtype=torch.float64)
+        self.sums = torch.zeros(3, channels, dtype=torch.float64)
         self.least = torch.full((channels,), torch.inf, dtype=torch.float64)
         self.most = torch.full((channels,), -torch.inf, dtype=torch.float64)
         self.samples = 0
@@ -55,9 +52,8 @@ class _Sums:
     def add(self, x: Tensor, axis: int) -> None:
         rows = x.detach().movedim(axis, 1).flatten(2) if x.dim() > 2 else x.detach()[:, :, None]
         low, high = (bound.to(torch.float64).cpu() for bound in torch.aminmax(rows, dim=2))
-        values = rows.to(torch.float32)
-        mean, square = values.mean(2).double().cpu(), values.square().mean(2).double().cpu()
-        self.sums += torch.stack([low.sum(0), high.sum(0), mean.sum(0), square.sum(0)])
+        square = rows.to(torch.float32).square().mean(2).double().cpu()
+        self.sums += torch.stack([low.sum(0), high.sum(0), square.sum(0)])
         self.least = torch.minimum(self.least, low.amin(0))
         self.most = torch.maximum(self.most, high.amax(0))
         self.samples += x.shape[0]
@@ -68,8 +64,8 @@ class _Sums:
 
     def result(self) -> ChannelStatistics:
         count = max(self.samples, 1)
-        low, high, mean, square = self.sums / count
-        return ChannelStatistics(low, high, mean, square, self.least, self.most, self.slopes / count)
+        low, high, square = self.sums / count
+        return ChannelStatistics(low, high, square, self.least, self.most, self.slopes / count)
 
 
 class _Watcher(fx.Interpreter):
@@ -94,18 +90,6 @@ class _Watcher(fx.Interpreter):
                 value.register_hook(lambda gradient: sums.add_gradient(gradient, axis))  # type: ignore[no-untyped-call]
                 value = value.clone()
         return value
-
-
-@contextmanager
-def _without_parameters(qmodel: PreparedModel) -> Iterator[None]:
-    parameters = [p for p in qmodel.parameters() if p.requires_grad]
-    try:
-        for p in parameters:
-            p.requires_grad_(False)
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(True)
 
 
 def channel_statistics(
@@ -135,7 +119,7 @@ def channel_statistics(
     watcher = _Watcher(qmodel, axes)
     seen = 0
     hidden = None if progress is None else not progress
-    with _without_parameters(qmodel), torch.set_grad_enabled(sensitivity):
+    with without_parameters(qmodel), torch.set_grad_enabled(sensitivity):
         for batch in tqdm(batches, desc=description, unit="batch", leave=False, disable=hidden):
             inputs = model_inputs(qmodel, batch)
             if samples is not None:
