@@ -157,8 +157,8 @@ class _Work:
         taps = error.flatten(2).sum(2) if error.dim() > 2 else error
         moved = torch.zeros(bias.numel(), dtype=torch.float64)
         moved.scatter_add_(0, outputs.reshape(-1), (taps * mean[inputs]).reshape(-1))
-        if layer.norm is not None:
-            moved *= _norm_factor(layer.norm)
+        gain = layer.gain()
+        moved = moved if gain is None else moved * gain
         with torch.no_grad():
             bias -= moved.to(bias)
         self.corrected.append(layer.name)
@@ -168,13 +168,10 @@ class _Work:
         if layer.calls > 1:
             self._skip(layer, f"{layer.key} is shared by {layer.calls} layers")
             return None
-        if layer.norm is not None and isinstance(layer.norm.bias, Tensor):
-            return layer.norm.bias
-        if layer.norm is None and layer.bias is not None:
-            found: Tensor = getattr(root.get_submodule(layer.bias.module), layer.bias.attribute)
-            return found
-        self._skip(layer, "it has no bias")
-        return None
+        offset = layer.offset(root)
+        if offset is None:
+            self._skip(layer, "it has no bias")
+        return offset
 
     def _skip(self, layer: Layer, why: str) -> None:
         warnings.warn(f"the bias of {layer.name!r} is not corrected: {why}", QuantizationWarning, stacklevel=2)
@@ -183,13 +180,6 @@ class _Work:
 
 def _axis(layer: Layer, output: Tensor) -> int:
     return output.dim() - 1 if layer.op.kind == "linear" else 1
-
-
-def _norm_factor(norm: nn.Module) -> Tensor:
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
-    assert norm.running_var is not None
-    root = (norm.running_var.to(torch.float64) + norm.eps).sqrt()
-    return (1.0 if norm.weight is None else norm.weight.detach().to(torch.float64)) / root
 
 
 def _promised_mean(qmodel: PreparedModel, layer: Layer) -> Tensor | None:

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from qat.algorithms.correction import corrected, correction_damping, input_pairs
 from qat.algorithms.feed import is_by_place, make_feed
-from qat.algorithms.rounding import check_option
+from qat.algorithms.rounding import Rounded, check_option
 from qat.algorithms.sweep import Visit
 from qat.algorithms.unfolded import WeightMatrix
 from qat.algorithms.units import Layer
@@ -92,20 +92,7 @@ class Learning:
         return low + 0.5 * (high - low) * (1 + math.cos(share * math.pi))
 
 
-@dataclass(frozen=True)
-class Learned:
-    """What was learned of a unit.
-
-    Attributes:
-        codes: Of its weights, int32, by weight key.
-        scales: Of its activations, by the path of their fake quantizer.
-    """
-
-    codes: Mapping[str, Tensor]
-    scales: Mapping[str, Tensor]
-
-
-def learn(visit: Visit, learning: Learning) -> Learned:
+def learn(visit: Visit, learning: Learning) -> Rounded:
     """Learn the codes of a unit's weights, and the scales of its activations; nothing is changed.
 
     The loss is the squared error of the unit's output against the float model, summed over channels and averaged over
@@ -132,9 +119,9 @@ def learn(visit: Visit, learning: Learning) -> Learned:
     finally:
         for layer in visit.unit.layers:
             layer.quantizer.learn_rounding(None)
-    return Learned(
+    return Rounded(
         {key: rounding.codes() for key, rounding in roundings.items()},
-        {path: scale.value().detach() for path, scale in scales.items()},
+        activation_scales={path: scale.value().detach() for path, scale in scales.items()},
     )
 
 
@@ -142,9 +129,9 @@ def _corrected(visit: Visit, layer: Layer, steps: Tensor, step: Tensor) -> Tenso
     """Return the steps of the corrected weight."""
     form = WeightMatrix(layer.op, tuple(layer.weight.shape))
     weight = form.matrix((steps * step).to(torch.float64))
-    moments, cross = form.moments(input_pairs(visit))
+    moments = form.moments(input_pairs(visit))
     damping = correction_damping(visit, form, _DAMPING)
-    return form.weight(corrected(weight, moments, cross, damping)).to(torch.float32) / step
+    return form.weight(corrected(weight, moments.second, moments.cross, damping)).to(torch.float32) / step
 
 
 def _descend(

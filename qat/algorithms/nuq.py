@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from qat.algorithms.correction import input_pairs
-from qat.algorithms.gptq import pick, solve
+from qat.algorithms.gptq import solve
 from qat.algorithms.rounding import (
+    Rounded,
     Rounding,
     UnitRounding,
     check_option,
@@ -26,6 +27,7 @@ from qat.algorithms.rounding import (
     roundable,
     set_rounding,
 )
+from qat.algorithms.rows import pick
 from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
 from qat.algorithms.unfolded import WeightMatrix
 from qat.algorithms.units import Layer, layer_units
@@ -107,13 +109,13 @@ def nuq(
         before, weight = found.error(), layer.weight.detach().clone()
         best: tuple[float, Tensor] | None = None
         for codes in _candidates(found, layer, steps, iterations, damping):
-            set_rounding(found, {layer.key: codes}, "nuq", {})
+            set_rounding(found, Rounded({layer.key: codes}), "nuq")
             error = found.error()
             if best is None or error < best[0]:
                 best = error, codes
         assert best is not None
         layer.weight.copy_(weight)
-        set_rounding(found, {layer.key: best[1]}, "nuq", {})
+        set_rounding(found, Rounded({layer.key: best[1]}), "nuq")
         clusters[layer.key] = tuple(sorted(set(best[1].flatten().tolist())))
         results.append(UnitRounding(found.unit.name, (layer.key,), before, best[0]))
 
@@ -126,7 +128,7 @@ def _candidates(visit: Visit, layer: Layer, steps: int, iterations: int, damping
     form = WeightMatrix(layer.op, tuple(layer.weight.shape))
     in_steps, step, zero_point = layer.quantizer.steps(layer.weight)
     matrix, step, zero = (form.matrix(t).to(torch.float64) for t in (in_steps, step, zero_point))
-    moments, _ = form.moments(input_pairs(visit))
+    moments = form.moments(input_pairs(visit)).second
     importance = moments.diagonal(dim1=1, dim2=2)[:, None, :] * step.square()
     low, high = layer.quantizer.qmin, layer.quantizer.qmax
     wanted, found = matrix + zero, []

@@ -17,6 +17,7 @@ from qat.algorithms.blocks import Blocks, block_units
 from qat.algorithms.learn import Learning, learn
 from qat.algorithms.resume import Progress, digest
 from qat.algorithms.rounding import (
+    Rounded,
     Rounding,
     UnitRounding,
     count_samples,
@@ -124,14 +125,15 @@ def reconstruct_units(
         if result is not None:
             if not result.kept:
                 tensors = done.tensors(found.unit.name)
-                set_rounding(found, _part(tensors, "codes"), method, _part(tensors, "scale"))
+                rounded = Rounded(_part(tensors, "codes"), activation_scales=_part(tensors, "scale"))
+                set_rounding(found, rounded, method)
         else:
             refuse_nonfinite(found)
             # of its own, so that a unit does not depend on how often numbers were drawn before it
             learned = learn(found, replace(learning, seed=learning.seed + len(results)))
-            result = take_over(found, learned.codes, method, scales=learned.scales)
+            result = take_over(found, learned, method)
             tensors = {f"codes:{key}": value for key, value in learned.codes.items()}
-            tensors |= {f"scale:{key}": value for key, value in learned.scales.items()}
+            tensors |= {f"scale:{key}": value for key, value in learned.activation_scales.items()}
             done.add(result, {} if result.kept else tensors)
         results.append(result)
 

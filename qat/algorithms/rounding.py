@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,23 @@ from qat.quantizers import FakeQuantize
 
 #: below this many samples a rounding is hardly representative
 _FEW = 50
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What an algorithm chose for a unit.
+
+    Attributes:
+        codes: Of its weights, int32, by weight key.
+        weight_scales: New scales of weights, by weight key; a weight that is missing keeps its own.
+        shifts: What to add to each output channel of layers (see `Layer.offset`), by weight key.
+        activation_scales: New scales of activations, by the path of their fake quantizer.
+    """
+
+    codes: Mapping[str, Tensor]
+    weight_scales: Mapping[str, Tensor] = field(default_factory=dict)
+    shifts: Mapping[str, Tensor] = field(default_factory=dict)
+    activation_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,55 +136,52 @@ def refuse_nonfinite(visit: Visit) -> None:
         raise DataError(f"the float output of {visit.unit.name!r} holds nan or inf", "check the data and the weights")
 
 
-def take_over(
-    visit: Visit,
-    codes: Mapping[str, Tensor],
-    method: str,
-    *,
-    scales: Mapping[str, Tensor] | None = None,
-    before: float | None = None,
-) -> UnitRounding:
-    """Set new codes of a unit's layers, unless that makes its output worse.
+def take_over(visit: Visit, rounded: Rounded, method: str) -> UnitRounding:
+    """Set what was chosen for a unit, unless that makes its output worse.
 
     Args:
         visit: The unit with its data.
-        codes: By weight key, int32.
-        method: What chose them.
-        scales: New scales of activations, by the path of their fake quantizer.
-        before: Error of the unit as it is, where it is known.
+        rounded: What was chosen.
+        method: What chose it.
 
     Returns:
         What became of the unit; where the old rounding is kept, there is a warning too.
     """
-    before = visit.error() if before is None else before
-    layers = [layer for layer in visit.unit.layers if layer.key in codes]
+    before, weights = visit.error(), tuple(rounded.codes)
+    layers = [layer for layer in visit.unit.layers if layer.key in rounded.codes]
     quantizers: list[nn.Module] = [layer.quantizer for layer in layers]
-    quantizers += [visit.root.get_submodule(path) for path in scales or {}]
+    quantizers += [visit.root.get_submodule(path) for path in rounded.activation_scales]
     states = [{key: value.clone() for key, value in module.state_dict().items()} for module in quantizers]
-    weights = [layer.weight.detach().clone() for layer in layers]
-    set_rounding(visit, codes, method, scales or {})
+    parameters = [p for layer in layers for p in (layer.weight, layer.offset(visit.root)) if p is not None]
+    values = [p.detach().clone() for p in parameters]
+    set_rounding(visit, rounded, method)
     after = visit.error()
     if after <= before:
-        return UnitRounding(visit.unit.name, tuple(codes), before, after)
-    for layer, weight in zip(layers, weights, strict=True):
-        layer.weight.copy_(weight)
+        return UnitRounding(visit.unit.name, weights, before, after)
+    for parameter, value in zip(parameters, values, strict=True):
+        parameter.copy_(value)
     for module, state in zip(quantizers, states, strict=True):
         module.load_state_dict(state)
     warnings.warn(
-        f"{method} of {', '.join(codes)} would raise the error of {visit.unit.name!r} from {before:.4g} to "
+        f"{method} of {', '.join(weights)} would raise the error of {visit.unit.name!r} from {before:.4g} to "
         f"{after:.4g}; the old rounding is kept",
         QuantizationWarning,
         stacklevel=2,
     )
-    return UnitRounding(visit.unit.name, tuple(codes), before, after, kept=True)
+    return UnitRounding(visit.unit.name, weights, before, after, kept=True)
 
 
-def set_rounding(visit: Visit, codes: Mapping[str, Tensor], method: str, scales: Mapping[str, Tensor]) -> None:
-    """Set codes of a unit's layers, and scales of its activations, by the keys that `take_over` has."""
+def set_rounding(visit: Visit, rounded: Rounded, method: str) -> None:
+    """Set what was chosen for a unit."""
     for layer in visit.unit.layers:
-        if layer.key in codes:
-            layer.quantizer.set_codes(layer.weight, codes[layer.key].to(layer.weight.device), method)
-    for path, scale in scales.items():
+        codes, shift = rounded.codes.get(layer.key), rounded.shifts.get(layer.key)
+        if codes is not None:
+            scale = rounded.weight_scales.get(layer.key)
+            layer.quantizer.set_codes(layer.weight, codes.to(layer.weight.device), method, scale=scale)
+        offset = layer.offset(visit.root)
+        if shift is not None and offset is not None:
+            offset += shift.to(offset)
+    for path, scale in rounded.activation_scales.items():
         quantizer = visit.root.get_submodule(path)
         assert isinstance(quantizer, FakeQuantize)
         encoding = replace(

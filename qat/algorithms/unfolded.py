@@ -87,28 +87,66 @@ class WeightMatrix:
             taps = (taps[:, None] * size + turned * gap).flatten()
         return Unfolded(x.movedim(1, -1).reshape(-1, x.shape[1]), starts, taps, self.groups)
 
-    def moments(self, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Sum outer products of the rows of a quantized input q and of its float value f over all samples.
+    def moments(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Moments:
+        """Sum up the rows of a quantized input q and of its float value f over all samples.
 
         Args:
             batches: Pairs of q and f.
-
-        Returns:
-            The sums of `q^T q` and of `(f - q)^T q`, float64, (groups, columns, columns).
         """
-        second: Tensor | None = None
-        cross: Tensor | None = None
+        total: Moments | None = None
         for quantized, reference in batches:
             a, b = self.unfold(quantized.to(torch.float32)), self.unfold(reference.to(torch.float32))
             for base in torch.split(a.base, max(1, _ELEMENTS // a.columns)):
-                rows = a.rows(base)
-                own = (rows.transpose(1, 2) @ rows).to(torch.float64)
-                other = ((b.rows(base) - rows).transpose(1, 2) @ rows).to(torch.float64)
-                second = own if second is None else second + own
-                cross = other if cross is None else cross + other
-        assert second is not None
-        assert cross is not None
-        return second, cross
+                rows, floats = a.rows(base), b.rows(base)
+                part = Moments(
+                    len(base),
+                    (rows.transpose(1, 2) @ rows).to(torch.float64),
+                    ((floats - rows).transpose(1, 2) @ rows).to(torch.float64),
+                    rows.sum(1, dtype=torch.float64),
+                    floats.sum(1, dtype=torch.float64),
+                )
+                total = part if total is None else total + part
+        assert total is not None
+        return total
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the rows of a layer's input in the quantized (q) and in the float path (f), float64.
+
+    Attributes:
+        count: Number of rows.
+        second: Of `q^T q`, (groups, columns, columns).
+        cross: Of `(f - q)^T q`, likewise.
+        quantized: Of q, (groups, columns).
+        reference: Of f, likewise.
+    """
+
+    count: int
+    second: Tensor
+    cross: Tensor
+    quantized: Tensor
+    reference: Tensor
+
+    def __add__(self, other: Moments) -> Moments:
+        return Moments(
+            self.count + other.count,
+            self.second + other.second,
+            self.cross + other.cross,
+            self.quantized + other.quantized,
+            self.reference + other.reference,
+        )
+
+    def centered(self) -> Moments:
+        """Return the sums for rows whose mean is taken off; the sums of the rows themselves stay."""
+        q, f = self.quantized, self.reference
+        return Moments(
+            self.count,
+            self.second - q[:, :, None] * q[:, None, :] / self.count,
+            self.cross - (f - q)[:, :, None] * q[:, None, :] / self.count,
+            q,
+            f,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
 
 from qat.graph.fusions import Fusion, find_fusions
@@ -55,6 +56,23 @@ class Layer:
         chain: Any = self.owner.parametrizations[self.attribute]  # type: ignore[index]
         original: nn.Parameter = chain.original
         return original
+
+    def offset(self, root: nn.Module) -> Tensor | None:
+        """Return the parameter that is added to each output channel, of the batch norm where there is one, or None."""
+        if self.norm is not None:
+            return self.norm.bias if isinstance(self.norm.bias, Tensor) else None
+        if self.bias is None:
+            return None
+        found: Tensor = getattr(root.get_submodule(self.bias.module), self.bias.attribute)
+        return found
+
+    def gain(self) -> Tensor | None:
+        """Return what the batch norm multiplies each output channel with, float64; None without one."""
+        norm = self.norm
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or norm.running_var is None:
+            return None
+        root = (norm.running_var.to(torch.float64) + norm.eps).sqrt()
+        return (1.0 if norm.weight is None else norm.weight.detach().to(torch.float64)) / root
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,16 @@ class WeightFakeQuantize(Quantizer):
         return None if factor is None else spread(factor, weight, self.channel_axis, self.groups)
 
     @property
-    def follows_batch_norm(self) -> bool:
-        """Whether the grid of the folded weight moves with the factor of the batch norm, so that no code does."""
+    def has_free_scales(self) -> bool:
+        """Whether every output channel has a scale of its own, which may have any value."""
         granularity = self.scheme.granularity
         by_channel = granularity.kind == "per_channel" and granularity.axis % len(self.shape) == self.channel_axis
-        learned = self.method.homogeneous and self.groups == 1 and by_channel and not self.scheme.power_of_two
+        return by_channel and self.groups == 1 and not self.scheme.power_of_two
+
+    @property
+    def follows_batch_norm(self) -> bool:
+        """Whether the grid of the folded weight moves with the factor of the batch norm, so that no code does."""
+        learned = self.method.homogeneous and self.has_free_scales
         return bool(self._bn) and (learned or self.follows)
 
     def _unit(self) -> Tensor | None:
@@ -277,17 +282,18 @@ class WeightFakeQuantize(Quantizer):
         self._rounding = () if rounding is None else (rounding,)
 
     @torch.no_grad()
-    def set_codes(self, weight: Tensor, codes: Tensor, method: str) -> None:
+    def set_codes(self, weight: Tensor, codes: Tensor, method: str, *, scale: Tensor | None = None) -> None:
         """Give the float weight the values of these codes, and keep the grid as it is from now on.
 
         Args:
             weight: The float weight, `module.parametrizations.weight.original`, which is written.
             codes: Integers in its shape, in the range of the scheme: what `codes(weight)` returns afterwards.
             method: What chose them, for the provenance.
+            scale: Of the new grid, float32, in the shape of the buffer; None for the scale that it has.
 
         Raises:
-            EncodingError: Another shape, codes out of range, or codes that the dtype of the weight cannot hold; then
-                nothing has changed.
+            EncodingError: Another shape, codes out of range, a scale that is not one, or codes that the dtype of the
+                weight cannot hold; then nothing has changed.
         """
         if codes.shape != weight.shape or int(codes.min()) < self.qmin or int(codes.max()) > self.qmax:
             raise EncodingError(
@@ -303,6 +309,14 @@ class WeightFakeQuantize(Quantizer):
         factor = self._spread_factor(weight)
         folded = _fold(weight, factor)
         grid = self._grid(folded)
+        has_range = self.follows or self._has_range
+        if scale is not None and not torch.equal(scale, grid[0]):
+            if scale.shape != grid[0].shape or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise EncodingError(
+                    f"the scale of {self.name!r} is not of shape {tuple(grid[0].shape)}, or not positive and finite",
+                    "give one that is",
+                )
+            grid, has_range = (scale, grid[1]), False
         values = numerics.dequantize(codes, *grid, self.scheme.granularity)
         written = (values if factor is None else values / factor).to(weight.dtype)
         again = numerics.quantize(_fold(written, factor), *grid, self.qmin, self.qmax, self.scheme.granularity)
@@ -311,12 +325,15 @@ class WeightFakeQuantize(Quantizer):
                 f"{self.name!r} in {weight.dtype} cannot hold its codes", "convert the model to float32 first"
             )
         new = dict(zip((self.scale, self.zero_point), grid, strict=True))
-        if self.follows:
+        if not has_range:
+            bounds = numerics.representable_range(*grid, self.qmin, self.qmax)
+            new |= zip((self.min_val, self.max_val), bounds, strict=True)
+        elif self.follows:
             new |= zip((self.min_val, self.max_val), tensor_range(folded, self.scheme.granularity), strict=True)
         for buffer, value in new.items():
             buffer.copy_(value.reshape(buffer.shape))
         weight.copy_(written)
-        self._note("ptq", method, has_range=self.follows or self._has_range, loaded=True)
+        self._note("ptq", method, has_range=has_range, loaded=True)
         self._start_learning()
 
     def _is_rounded(self, weight: Tensor) -> bool:

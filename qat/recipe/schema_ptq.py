@@ -94,6 +94,8 @@ class GPTQPart(AlgorithmPart):
     block_size: Positive = 128
     order: Literal["activation", "natural"] = "activation"
     correct: bool = Field(default=True, description="let weights make up for the error of what their layer reads")
+    fit_scales: bool = Field(default=True, description="choose the scale of each output channel too")
+    passes: Annotated[int, Field(ge=0)] = Field(default=4, description="how often each code moves once more")
 
 
 class NUQPart(AlgorithmPart):

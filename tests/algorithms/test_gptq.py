@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ from qat.algorithms.gptq import gptq, solve
 from qat.algorithms.unfolded import WeightMatrix
 from qat.algorithms.units import quantized_layers
 from qat.errors import DataError, QuantizationWarning, StateError
+from qat.graph.prepared import PreparedModel
 
 PER_TENSOR = {"weights": {"dtype": "int4", "granularity": "per_tensor"}}
 PER_GROUP = {"weights": {"dtype": "int4", "granularity": "per_group", "group_size": 8}}
@@ -90,10 +92,15 @@ def test_a_layer_is_a_product_of_matrices(layer: nn.Module, shape: tuple[int, ..
     wanted = wanted if isinstance(layer, nn.Linear) else wanted.movedim(1, -1)
     torch.testing.assert_close(out, wanted.reshape(out.shape), rtol=1e-4, atol=1e-5)
     other = torch.randn(shape)
-    second, cross = form.moments([(x[:1], other[:1]), (x[1:], other[1:])])
+    moments = form.moments([(x[:1], other[:1]), (x[1:], other[1:])])
     rows, others = unfolded.rows(unfolded.base).double(), form.unfold(other).rows(unfolded.base).double()
-    torch.testing.assert_close(second, rows.transpose(1, 2) @ rows, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(cross, (others - rows).transpose(1, 2) @ rows, rtol=1e-4, atol=1e-4)
+    assert moments.count == rows.shape[1]
+    close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
+    close(moments.second, rows.transpose(1, 2) @ rows)
+    close(moments.cross, (others - rows).transpose(1, 2) @ rows)
+    centered, rows, others = moments.centered(), rows - rows.mean(1, True), others - others.mean(1, True)
+    close(centered.second, rows.transpose(1, 2) @ rows)
+    close(centered.cross, (others - rows).transpose(1, 2) @ rows)
 
 
 @pytest.mark.parametrize("order", ["activation", "natural"])
@@ -119,6 +126,55 @@ def test_the_error_is_smaller_than_that_of_rounding_to_nearest(
         result = gptq(qmodel, [data], order=order, progress=False)
     assert output_error(qmodel, wanted, data) < factor * before
     check_rounded(qmodel, result, data)
+
+
+def scales(qmodel: PreparedModel) -> dict[str, Tensor]:
+    """Scales of every quantized weight, as they are."""
+    return {key: quantizer.folded_grid(weight)[0].clone() for key, quantizer, weight in qmodel.weight_quantizers()}
+
+
+def test_scales_that_fit_and_codes_that_move_once_more_have_the_smallest_errors() -> None:
+    errors, moved = [], []
+    for options in ({"fit_scales": False, "passes": 0}, {"fit_scales": False}, {}):
+        qmodel, data = make(Residual)
+        before = scales(qmodel)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", QuantizationWarning)
+            result = gptq(qmodel, [data], progress=False, **options)  # type: ignore[arg-type]
+        errors.append(result.units[0].after)
+        moved.append(not torch.equal(before["stem.0.weight"], scales(qmodel)["stem.0.weight"]))
+        check_rounded(qmodel, result, data)
+    assert errors[0] >= errors[1] > errors[2]
+    assert moved == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    "weights", [{"granularity": "per_tensor"}, {"granularity": "per_group", "group_size": 8}, {"power_of_two": True}]
+)
+def test_scales_that_are_not_a_channels_own_or_not_free_stay(weights: dict[str, Any]) -> None:
+    qmodel, data = make(Linears, {"weights": {"dtype": "int4", **weights}})
+    before = scales(qmodel)
+    gptq(qmodel, [data], progress=False)
+    assert all(torch.equal(scale, before[key]) for key, scale in scales(qmodel).items())
+
+
+@pytest.mark.parametrize("correct", [True, False])
+def test_the_bias_takes_the_mean_error(correct: bool) -> None:
+    qmodel, data = make(Linears)
+    torch.manual_seed(1)
+    data = data + 2.0
+    qmodel = calibrated(Linears(), data)
+    wanted = float_output(qmodel, data)
+    biases = {key: value.clone() for key, value in qmodel.float_state_dict().items() if "bias" in key}
+    gptq(qmodel, [data], correct=correct, progress=False)
+    after = {key: value for key, value in qmodel.float_state_dict().items() if "bias" in key}
+    assert any(not torch.equal(after[key], biases[key]) for key in biases) == correct
+    qmodel.eval()
+    with torch.no_grad():
+        mean = (qmodel(data) - wanted).mean(0)
+    step = qmodel.encodings()[qmodel.opgraph.outputs[0]].scale[0]
+    # the output is quantized after it
+    assert (float(mean.abs().max()) < 0.2 * step) == correct
 
 
 def test_training_goes_on() -> None:
@@ -167,6 +223,7 @@ def test_a_shared_weight_stays_rounded_to_nearest() -> None:
         ({"damping": 1.0}, "damping is 1.0; give a share in (0, 1)"),
         ({"block_size": 0}, "block_size is 0; give a positive number"),
         ({"order": "random"}, "order is 'random'; choose activation or natural"),
+        ({"passes": -1}, "passes is -1; give 0 or more"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:

@@ -74,6 +74,31 @@ def test_the_grid_no_longer_follows_the_weight_and_survives_saving() -> None:
     assert other.codes(weight)[1] == q.codes(weight)[1]
 
 
+def test_codes_on_another_scale() -> None:
+    q, weight = quantizer_of(Granularity("per_channel", 0)), torch.randn(6, 10)
+    scale, codes = torch.linspace(0.1, 0.6, 6), torch.randint(-8, 8, (6, 10), dtype=torch.int32)
+    q.set_codes(weight, codes, "test", scale=scale)
+    found, encoding = q.codes(weight)
+    assert torch.equal(found, codes)
+    assert torch.equal(torch.tensor(encoding.scale), scale)
+    assert encoding.min is None
+    torch.testing.assert_close(weight, codes * scale[:, None])
+
+
+@pytest.mark.parametrize(
+    "scale", [torch.ones(5), torch.tensor([1.0, 1, 0, 1, 1, 1]), torch.tensor([1.0, 1, torch.inf, 1, 1, 1])]
+)
+def test_a_scale_that_does_not_fit(scale: Tensor) -> None:
+    q, weight = quantizer_of(Granularity("per_channel", 0)), torch.randn(6, 10)
+    before = weight.clone()
+    with pytest.raises(
+        EncodingError, match=r"the scale of 'w' is not of shape \(6,\), or not positive and finite; give one that is"
+    ):
+        q.set_codes(weight, torch.ones(6, 10, dtype=torch.int32), "test", scale=scale)
+    assert torch.equal(weight, before)
+    assert q.follows
+
+
 def test_refreshing_keeps_the_grid_until_the_weight_moves() -> None:
     q, weight = quantizer_of(Granularity("per_channel", 0)), torch.randn(6, 10)
     q.set_codes(weight, torch.ones(6, 10, dtype=torch.int32), "test")
