@@ -26,7 +26,7 @@ from qat.algorithms.rounding import (
     roundable,
     take_over,
 )
-from qat.algorithms.rows import CANDIDATES, Fit, Grid, best_scales, refine
+from qat.algorithms.rows import CANDIDATES, LEAST, Fit, Grid, best_scales, refine
 from qat.algorithms.sweep import DEFAULT_MEMORY, Visit, gather, sweep
 from qat.algorithms.unfolded import Moments, WeightMatrix
 from qat.algorithms.units import Layer, layer_units
@@ -131,19 +131,18 @@ def _rounded(visit: Visit, layer: Layer, method: _Method) -> Rounded | None:
     moments = form.moments(input_pairs(visit))
     # a mean error is the bias's to mend, not the weight's
     shifted = method.correct and layer.offset(visit.root) is not None
-    moments = moments.centered() if shifted else moments
+    second = moments.second_about if shifted else moments.second
     target = weight
     if method.correct:
         damping = correction_damping(visit, form, method.damping)
-        target = corrected(weight, moments.second, moments.cross, damping)
+        target = corrected(weight, second, moments.cross_about if shifted else moments.cross, damping)
     grid = Grid(step, zero_point, layer.quantizer.qmin, layer.quantizer.qmax)
     scale = layer.quantizer.folded_grid(layer.weight)[0]
     free = torch.zeros_like(weight[:, :, 0], dtype=torch.bool)
     if method.fit_scales and layer.quantizer.has_free_scales:
-        seen = moments.second.diagonal(dim1=1, dim2=2).amax(1) > 0
-        # it may become a quarter
-        free = seen[:, None] & (scale.reshape(form.groups, -1) > 8 * SCALE_FLOOR)
-    fit = _fit(target, moments.second, grid, method, free)
+        seen = second.diagonal(dim1=1, dim2=2).amax(1) > 0
+        free = seen[:, None] & (scale.reshape(form.groups, -1) > SCALE_FLOOR / LEAST)
+    fit = _fit(target, second, grid, method, free)
     if fit is None:
         warnings.warn(
             f"the inputs of {layer.name!r} are degenerate; {layer.key!r} stays rounded to nearest",
@@ -159,7 +158,8 @@ def _rounded(visit: Visit, layer: Layer, method: _Method) -> Rounded | None:
 
 def _shift(layer: Layer, weight: Tensor, values: Tensor, moments: Moments) -> Tensor:
     """Return the mean error of each output channel, (output channels,), that the rounded weight leaves."""
-    mean = (weight @ moments.reference[:, :, None] - values @ moments.quantized[:, :, None]).flatten() / moments.count
+    quantized, reference = moments.quantized, moments.quantized + moments.difference
+    mean = (weight @ reference[:, :, None] - values @ quantized[:, :, None]).flatten()
     gain = layer.gain()
     return mean if gain is None else mean * gain
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 #: what a scale is tried with, itself first
 CANDIDATES = (1.0, 1.1, 0.9, 0.8, 0.7, 0.6)
-#: how far a scale may move in one turn
+#: what a scale becomes at least and at most, as a multiple of what it was
+LEAST, MOST = 0.25, 4.0
+#: how far it may move in one turn
 _TURN = (0.8, 1.25)
 #: columns whose gradient is computed at a time; the result does not depend on it, but for rounding
 _BLOCK = 128
@@ -136,7 +138,7 @@ def refine(target: Tensor, moments: Tensor, grid: Grid, fit: Fit, passes: int, f
     for _ in range(passes):
         moved = _descend(target, moments, now, steps)
         turn = _scale_turn(target, moments, steps * now.step)
-        ratio = torch.where(free, ratio * turn, ratio)
+        ratio = torch.where(free, (ratio * turn).clamp(LEAST, MOST), ratio)
         now = grid.scaled(ratio)
         if not moved:
             break

@@ -97,14 +97,7 @@ class WeightMatrix:
         for quantized, reference in batches:
             a, b = self.unfold(quantized.to(torch.float32)), self.unfold(reference.to(torch.float32))
             for base in torch.split(a.base, max(1, _ELEMENTS // a.columns)):
-                rows, floats = a.rows(base), b.rows(base)
-                part = Moments(
-                    len(base),
-                    (rows.transpose(1, 2) @ rows).to(torch.float64),
-                    ((floats - rows).transpose(1, 2) @ rows).to(torch.float64),
-                    rows.sum(1, dtype=torch.float64),
-                    floats.sum(1, dtype=torch.float64),
-                )
+                part = _moments(a.rows(base), b.rows(base))
                 total = part if total is None else total + part
         assert total is not None
         return total
@@ -114,39 +107,59 @@ class WeightMatrix:
 class Moments:
     """Sums over the rows of a layer's input in the quantized (q) and in the float path (f), float64.
 
+    Kept about the means, where products do not cancel (Chan et al., "Algorithms for Computing the Sample Variance",
+    1983).
+
     Attributes:
         count: Number of rows.
-        second: Of `q^T q`, (groups, columns, columns).
-        cross: Of `(f - q)^T q`, likewise.
-        quantized: Of q, (groups, columns).
-        reference: Of f, likewise.
+        quantized: Mean of q, (groups, columns).
+        difference: Mean of f - q, likewise.
+        second_about: Of `q^T q`, less the mean, (groups, columns, columns).
+        cross_about: Of `(f - q)^T q`, less the means, likewise.
     """
 
     count: int
-    second: Tensor
-    cross: Tensor
     quantized: Tensor
-    reference: Tensor
+    difference: Tensor
+    second_about: Tensor
+    cross_about: Tensor
 
     def __add__(self, other: Moments) -> Moments:
+        count = self.count + other.count
+        share, weight = other.count / count, self.count * other.count / count
+        q, d = other.quantized - self.quantized, other.difference - self.difference
         return Moments(
-            self.count + other.count,
-            self.second + other.second,
-            self.cross + other.cross,
-            self.quantized + other.quantized,
-            self.reference + other.reference,
+            count,
+            self.quantized + share * q,
+            self.difference + share * d,
+            self.second_about + other.second_about + weight * _outer(q, q),
+            self.cross_about + other.cross_about + weight * _outer(d, q),
         )
 
-    def centered(self) -> Moments:
-        """Return the sums for rows whose mean is taken off; the sums of the rows themselves stay."""
-        q, f = self.quantized, self.reference
-        return Moments(
-            self.count,
-            self.second - q[:, :, None] * q[:, None, :] / self.count,
-            self.cross - (f - q)[:, :, None] * q[:, None, :] / self.count,
-            q,
-            f,
-        )
+    @property
+    def second(self) -> Tensor:
+        """The sum of `q^T q`."""
+        return self.second_about + self.count * _outer(self.quantized, self.quantized)
+
+    @property
+    def cross(self) -> Tensor:
+        """The sum of `(f - q)^T q`."""
+        return self.cross_about + self.count * _outer(self.difference, self.quantized)
+
+
+def _outer(a: Tensor, b: Tensor) -> Tensor:
+    return a[:, :, None] * b[:, None, :]
+
+
+def _moments(rows: Tensor, floats: Tensor) -> Moments:
+    """Return the moments of some rows, which are overwritten."""
+    difference = floats.sub_(rows)
+    means = [values.mean(1, keepdim=True, dtype=torch.float64) for values in (rows, difference)]
+    for values, mean in zip((rows, difference), means, strict=True):
+        values -= mean.to(values.dtype)
+    quantized, other = (mean[:, 0] for mean in means)
+    second, cross = rows.transpose(1, 2) @ rows, difference.transpose(1, 2) @ rows
+    return Moments(rows.shape[1], quantized, other, second.to(torch.float64), cross.to(torch.float64))
 
 
 @dataclass(frozen=True)

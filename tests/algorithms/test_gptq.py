@@ -98,9 +98,23 @@ def test_a_layer_is_a_product_of_matrices(layer: nn.Module, shape: tuple[int, ..
     close = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     close(moments.second, rows.transpose(1, 2) @ rows)
     close(moments.cross, (others - rows).transpose(1, 2) @ rows)
-    centered, rows, others = moments.centered(), rows - rows.mean(1, True), others - others.mean(1, True)
-    close(centered.second, rows.transpose(1, 2) @ rows)
-    close(centered.cross, (others - rows).transpose(1, 2) @ rows)
+    close(moments.quantized, rows.mean(1))
+    close(moments.difference, (others - rows).mean(1))
+    rows, others = rows - rows.mean(1, True), others - others.mean(1, True)
+    close(moments.second_about, rows.transpose(1, 2) @ rows)
+    close(moments.cross_about, (others - rows).transpose(1, 2) @ rows)
+
+
+def test_moments_about_the_mean_do_not_cancel() -> None:
+    qmodel, _ = make(Linears)
+    found = quantized_layers(qmodel)
+    layer = found[next(iter(found))]
+    form = WeightMatrix(layer.op, tuple(layer.weight.shape))
+    x = torch.randn(256, form.columns) * 1e-3 + 100.0
+    moments = form.moments([(x[:100], x[:100]), (x[100:], x[100:])])
+    centered = x.double() - x.double().mean(0)
+    torch.testing.assert_close(moments.second_about[0], centered.T @ centered, rtol=0.05, atol=1e-5)
+    assert bool((torch.linalg.eigvalsh(moments.second_about[0]) > 0).all())
 
 
 @pytest.mark.parametrize("order", ["activation", "natural"])
